@@ -1,0 +1,113 @@
+"""Child processes that never outlive this one, whatever ends it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+GRACE = 10.0  # seconds between TERM and KILL
+_libc = ctypes.CDLL(None)
+
+
+class Stopped(Exception):
+    """A signal asked this process to stop; args[0] is its number."""
+
+
+@contextmanager
+def catching_signals() -> Iterator[None]:
+    """Turn INT, TERM and HUP into Stopped, and leave no descendant when the block ends.
+
+    A signal that was ignored when the process began (HUP under nohup) stays ignored, except INT, which a shell ignores for
+    every background job. As a subreaper this process inherits orphans, so that a rank whose parent was killed is found too.
+    """
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+    def stop(number, frame):
+        for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(caught, signal.SIG_IGN)
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        kill_descendants()
+
+
+def start(command: list[str], env: dict[str, str] | None = None, **streams) -> subprocess.Popen:
+    """Start a command in a session of its own (Ctrl-C reaches it through `stop` alone); it gets TERM if this process dies."""
+
+    def die_with_parent():
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return subprocess.Popen(command, env=os.environ | (env or {}), start_new_session=True, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL, **streams)
+
+
+def start_executioner(children: list[subprocess.Popen], folder: str) -> subprocess.Popen:
+    """A process that does what `stop` would, should this one be killed: their groups got TERM as it died, and get KILL after GRACE seconds.
+
+    It removes their temporary `folder` too. A vLLM server that is told to end in the middle of a weight sync waits for it for ever.
+    End it with `kill` when they have ended.
+    """
+    script = f'read -r; sleep {GRACE:.0f}; kill -KILL -- "$@"; rm -rf -- "$0"'  # reads to the end of a pipe that closes with this process
+    command = ["bash", "-c", script, folder, *(f"-{child.pid}" for child in children)]
+    return subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """End a child and its process group: TERM, GRACE seconds, KILL.
+
+    The group is given its time even where the child is dead already: a vLLM server's other processes use it to free shared memory.
+    """
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
+    with suppress(ProcessLookupError, ChildProcessError):
+        while time.monotonic() < deadline:
+            os.killpg(child.pid, 0)
+            os.waitpid(-child.pid, os.WNOHANG)  # orphans of the group are this subreaper's to bury
+            time.sleep(0.05)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def kill_descendants() -> None:
+    """KILL every process that descends from this one, and wait until they are gone."""
+    deadline = time.monotonic() + GRACE
+    while (pids := _descendants(os.getpid())) and time.monotonic() < deadline:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while True:
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    break
+            except ChildProcessError:
+                break
+        time.sleep(0.05)
+
+
+def _descendants(root: int) -> list[int]:
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = stat.read_text().split(" (", 1)
+        except (OSError, ValueError):
+            continue
+        parents[int(pid)] = int(rest.rpartition(") ")[2].split()[1])
+    found = [root]
+    for ancestor in found:
+        found += [pid for pid, parent in parents.items() if parent == ancestor]
+    return found[1:]
