@@ -1,0 +1,130 @@
+"""Turn a dataset into rows for training: python process_dataset.py NAME [--source …] [--output …]
+
+Writes {train,test}.parquet with the columns prompt (chat messages), reference (where there is one), prompt_tokens and prompt_tokenizer. Rows that
+are empty, malformed or too long are left out and counted. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE=1 work as everywhere.
+"""
+
+import argparse
+import importlib
+import shutil
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from training import hub
+
+NAMES = sorted(path.stem for path in (Path(__file__).parent / "prepare").glob("[a-z]*.py"))
+
+
+class DataError(ValueError):
+    """Data that cannot become rows: names the source, what is wrong and what to do."""
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line, with the dataset's own defaults filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"one of: {', '.join(NAMES)}")
+    parser.add_argument("--source", help="Hub id, folder of parquet files, or a jsonl, json, csv or parquet file; kuakua: a text file, a further prompt a line")
+    parser.add_argument("--output", type=Path, help="folder to write (default: data/NAME)")
+    parser.add_argument("--tokenizer", help="Hub id or folder whose tokenizer counts the prompts' tokens")
+    parser.add_argument("--max_prompt_length", type=int, help="tokens; longer prompts are left out")
+    parser.add_argument("--limit", type=int, help="use at most this many raw rows of each split, drawn at random; kuakua: rows to make (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw and of the test split (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    args = parser.parse_args(argv)
+    module = importlib.import_module(f"prepare.{args.name}")
+    args.source = args.source or module.SOURCE
+    args.output = args.output or Path("data") / args.name
+    args.tokenizer = args.tokenizer or module.TOKENIZER
+    args.max_prompt_length = module.MAX_PROMPT_LENGTH if args.max_prompt_length is None else args.max_prompt_length
+    if args.max_prompt_length < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--max_prompt_length and --limit must be at least 1")
+    if args.output.exists() and not args.overwrite:
+        parser.error(f"{args.output} exists; add --overwrite to replace it, or choose another --output")
+    return args
+
+
+def process(name: str, source: str | None, output: Path, tokenizer_name: str, max_prompt_length: int, limit: int | None, seed: int) -> None:
+    """Read `source`, print what was kept and why the rest was not, and put the folder `output` in place in one move."""
+    hub.use_cache_if_unreachable()
+    from datasets import Dataset
+    from tqdm import tqdm
+    from transformers import AutoTokenizer
+
+    from training.rows import count_tokens, load_rows, tokenizer_mark
+
+    module = importlib.import_module(f"prepare.{name}")
+    try:
+        splits = load_rows(source) if module.SOURCE else module.make(source, limit)
+    except Exception as error:
+        raise DataError(f"--source {source}: {_first_line(error)}. {hub.hint() if module.SOURCE else ''}".strip()) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    except Exception as error:
+        raise DataError(f"--tokenizer {tokenizer_name}: {_first_line(error)}. {hub.hint()}") from error
+    if "test" not in splits:
+        only = splits["validation" if "validation" in splits else "train"] if len(splits) > 1 else next(iter(splits.values()))
+        if len(splits) == 1 and len(only) > 1:
+            splits = only.train_test_split(test_size=max(1, min(1000, len(only) // 10)), seed=seed)
+        else:
+            splits = {"train": splits["train"], "test": only}
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        for split in ("train", "test"):
+            raw = splits[split]
+            if limit and module.SOURCE and limit < len(raw):
+                raw = raw.shuffle(seed=seed).select(range(limit))
+            rows = [module.to_row(row) for row in tqdm(raw, desc=f"reading {split}", unit="row", disable=len(raw) < 20_000)]
+            left_out = Counter(row for row in rows if isinstance(row, str))
+            rows = [row for row in rows if not isinstance(row, str)]
+            lengths = count_tokens([row["prompt"] for row in rows], tokenizer) if rows else []
+            kept = [(row, tokens) for row, tokens in zip(rows, lengths, strict=True) if tokens <= max_prompt_length]
+            if len(kept) < len(rows):
+                left_out[f"prompt over {max_prompt_length} tokens"] = len(rows) - len(kept)
+            _report(split, len(raw), kept, left_out)
+            if not kept:
+                raise DataError(f"--source {source}: no row of its split {split} can be used: {dict(left_out) or 'it is empty'}")
+            mark = tokenizer_mark(tokenizer_name, tokenizer)
+            table = [{**row, "prompt_tokens": tokens, "prompt_tokenizer": mark} for row, tokens in kept]
+            Dataset.from_list(table).to_parquet(draft / f"{split}.parquet")
+        draft.chmod(0o755)
+        old = draft.with_name(f"{draft.name}-old")
+        if output.exists():
+            output.rename(old)
+        draft.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sample = table[0]
+    print("\nOne row of test:")
+    for message in sample["prompt"]:
+        print(f"  {message['role']}: {message['content'][:300]}")
+    if "reference" in sample:
+        print(f"  reference: {sample['reference']}")
+    print(f"\nWrote {output}/{{train,test}}.parquet")
+
+
+def _report(split: str, count: int, kept: list, left_out: Counter) -> None:
+    print(f"{split}: {len(kept)} of {count} rows kept")
+    for cause, number in left_out.most_common():
+        print(f"  {number} left out: {cause}")
+    if len(kept) > 1:
+        cuts = statistics.quantiles([tokens for _, tokens in kept], n=100, method="inclusive")
+        longest = max(tokens for _, tokens in kept)
+        print(f"  prompt tokens: median {cuts[49]:.0f}, 95th percentile {cuts[94]:.0f}, longest {longest}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:300]}"
+
+
+if __name__ == "__main__":
+    given = arguments(sys.argv[1:])
+    try:
+        process(given.name, given.source, given.output, given.tokenizer, given.max_prompt_length, given.limit, given.seed)
+    except DataError as error:
+        sys.exit(f"error: {error}")

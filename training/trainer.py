@@ -1,0 +1,41 @@
+"""Which trainer a recipe needs, composed from TRL's."""
+
+import os
+
+from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_generation
+from trl.trainer import grpo_trainer
+
+from training.callbacks import sample_printer
+from training.card import RunCard
+from training.failed_rewards import FailedRewards
+from training.recipe import Recipe
+
+TRL_VERSION = "1.16.0"  # the names rebound below are those of this version
+
+
+def trainer_class(args: GRPOConfig, recipe: Recipe) -> type[GRPOTrainer]:
+    """TRL's GRPOTrainer, with failed ratings mended, a card of ours, its console sample and, for `weight_sync: disk`, its vLLM client replaced.
+
+    TRL reaches both through names of its modules, so a subclass alone would not be asked: they are rebound here and nowhere else.
+    """
+    _rebind(grpo_trainer, "print_prompt_completions_sample", sample_printer(recipe.sample_every))
+    if args.use_vllm and args.vllm_mode == "server" and recipe.weight_sync == "disk":
+        from training.disk_sync import DiskSyncClient
+
+        _rebind(vllm_generation, "VLLMClient", DiskSyncClient)
+    return type("Trainer", (RunCard, FailedRewards, GRPOTrainer), {})
+
+
+def compile_nothing() -> None:
+    """Keep DeepSpeed on a CPU from compiling an operator, for a minute and with a compiler that may not be there: only its inference uses it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and "LOCAL_RANK" in os.environ:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}  # else asked for at first use, and kept by this name
+
+
+def _rebind(module, name: str, replacement) -> None:
+    if not hasattr(module, name):
+        raise RuntimeError(f"{module.__name__} has no {name}: this was written for trl {TRL_VERSION}; install requirements/*.lock.")
+    setattr(module, name, replacement)

@@ -1,0 +1,21 @@
+"""What a vLLM server's workers take in to read new weights from a folder. Imports no trl: the workers need none."""
+
+import torch
+
+
+class DiskSyncWorker:
+    """A vLLM worker extension (--worker-extension-cls) with one method for `/collective_rpc`."""
+
+    def load_weights_from(self, path: str) -> None:
+        """Replace the model's weights by the safetensors files in the folder `path`.
+
+        On a CPU vLLM packs each matrix anew when it loads it, but a head that is tied to the embeddings keeps its old packing
+        and would go on answering with stale weights; it is packed again here.
+        """
+        self.model_runner.reload_weights(weights_path=path)
+        model = self.model_runner.get_model()
+        if self.device.type == "cpu" and getattr(model.config, "tie_word_embeddings", False):
+            from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+            with torch.inference_mode():
+                dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
