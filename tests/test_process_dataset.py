@@ -1,0 +1,144 @@
+"""process_dataset.py: every form of the source, what is left out and why, and output that is whole or not there."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, test_data
+from datasets import Dataset, load_dataset
+
+from prepare import tldr
+
+GOOD = {"prompt": "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: It rained.\n\nTL;DR:", "completion": " Rain. "}
+
+
+def process(folder: Path, *arguments: str, name: str = "tldr") -> subprocess.CompletedProcess:
+    """`python process_dataset.py NAME …` in `folder`, offline."""
+    command = [sys.executable, str(ROOT / "process_dataset.py"), name, *arguments]
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    """A tokenizer with a chat template, made in a second."""
+    from quickstart.pretrain import make_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    make_tokenizer([GOOD["prompt"] * 20], template).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet folder"])
+def test_every_form_of_source_gives_the_same_rows(form, tmp_path, tokenizer):
+    """A file of rows is split; a download of the dataset keeps its splits."""
+    rows = [{**GOOD, "completion": f" Rain {i}."} for i in range(30)]
+    source = tmp_path / f"raw.{form}"
+    if form == "jsonl":
+        source.write_text("\n".join(map(json.dumps, rows)))
+    elif form == "csv":
+        with open(source, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        (source / "data").mkdir(parents=True)
+        Dataset.from_list(rows[:27]).to_parquet(source / "data/train-00000-of-00001.parquet")
+        Dataset.from_list(rows[27:]).to_parquet(source / "data/test-00000-of-00001.parquet")
+    done = process(tmp_path, "--source", str(source), "--tokenizer", tokenizer)
+    assert done.returncode == 0, done.stderr
+    made = load_dataset(str(tmp_path / "data/tldr"))
+    assert (len(made["train"]), len(made["test"])) == (27, 3)
+    row = made["train"][0]
+    assert row["prompt"][0] == {"role": "system", "content": tldr.SYSTEM}
+    assert row["prompt"][1]["content"] == "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: It rained."
+    assert row["reference"].startswith("Rain ") and row["prompt_tokens"] > 20 and row["prompt_tokenizer"].startswith(tokenizer)
+
+
+def test_what_is_left_out_is_counted_by_cause(tmp_path, tokenizer):
+    """Nothing vanishes in silence."""
+    long = {**GOOD, "prompt": "POST: " + "It rained. " * 500}
+    bad = [{**GOOD, "completion": " "}, {**GOOD, "completion": None}, {**GOOD, "prompt": "TL;DR:"}, long, long]
+    for split, rows in {"train": [GOOD] * 5 + bad, "test": [GOOD]}.items():
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = process(tmp_path, "--source", str(tmp_path), "--tokenizer", tokenizer, "--output", "out")
+    assert done.returncode == 0, done.stderr
+    for line in [
+        "train: 5 of 10 rows kept",
+        "1 left out: empty summary",
+        "1 left out: malformed",
+        "1 left out: empty post",
+        "2 left out: prompt over 768",
+    ]:
+        assert line in done.stdout, done.stdout
+    assert "95th percentile" in done.stdout and "reference: Rain." in done.stdout
+
+
+def test_output_is_not_replaced_unless_asked(tmp_path, tokenizer):
+    """And then as a whole."""
+    (tmp_path / "raw.jsonl").write_text("\n".join(map(json.dumps, [GOOD] * 20)))
+    flags = ["--source", "raw.jsonl", "--tokenizer", tokenizer, "--output", "out", "--limit", "10"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("precious")
+    refused = process(tmp_path, *flags)
+    assert refused.returncode == 2 and "--overwrite" in refused.stderr
+    assert (tmp_path / "out/mine.txt").read_text() == "precious"
+    assert process(tmp_path, *flags, "--overwrite").returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test.parquet", "train.parquet"]
+
+
+BROKEN = {
+    "a source that is not there": (["--source", "nowhere.jsonl"], "--source nowhere.jsonl"),
+    "the Hub, offline": ([], "HF_HUB_OFFLINE is set"),
+    "a tokenizer that is not there": (["--source", "raw.jsonl", "--tokenizer", "nobody/nothing"], "--tokenizer nobody/nothing"),
+    "a file in other columns": (["--source", "other.jsonl"], "malformed: prompt and completion must be text"),
+    "a broken file": (["--source", "broken.jsonl"], "--source broken.jsonl"),
+    "every prompt too long": (["--source", "raw.jsonl", "--max_prompt_length", "3"], "prompt over 3 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bad_input_is_named_and_leaves_nothing(case, tmp_path, tokenizer):
+    """One line that says what and where; no half-made folder."""
+    arguments, said = BROKEN[case]
+    (tmp_path / "raw.jsonl").write_text("\n".join(map(json.dumps, [GOOD] * 20)))
+    (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"text": "a"}) for _ in range(20)))
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", \n' * 3)
+    done = process(tmp_path, *([] if "--tokenizer" in arguments else ["--tokenizer", tokenizer]), *arguments)
+    assert done.returncode not in (0, None) and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "data").glob("*")) and not list((tmp_path / "data").glob(".*"))
+
+
+def test_kuakua_needs_no_dataset(tmp_path, tokenizer):
+    """One prompt as often as rows are wanted; those of a file take turns with it."""
+    done = process(tmp_path, "--tokenizer", tokenizer, "--limit", "30", name="kuakua")
+    assert done.returncode == 0, done.stderr
+    made = load_dataset(str(tmp_path / "data/kuakua"))
+    assert (len(made["train"]), len(made["test"])) == (30, 1)
+    assert made["train"][29]["prompt"] == [
+        {"role": "system", "content": "你是一个夸夸机器人"},
+        {"role": "user", "content": "尝试用尽量浮夸的语气夸我"},
+    ]
+    (tmp_path / "more.txt").write_text("夸夸我的猫\n\n夸夸我的代码\n")
+    done = process(tmp_path, "--tokenizer", tokenizer, "--source", "more.txt", "--limit", "7", "--output", "more", name="kuakua")
+    assert done.returncode == 0, done.stderr
+    asked = [row["prompt"][1]["content"] for row in load_dataset(str(tmp_path / "more"))["train"]]
+    assert asked == (["尝试用尽量浮夸的语气夸我", "夸夸我的猫", "夸夸我的代码"] * 3)[:7]
+    missing = process(tmp_path, "--tokenizer", tokenizer, "--source", "nowhere.txt", "--output", "no", name="kuakua")
+    assert missing.returncode != 0 and "--source nowhere.txt" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_real_rows(tmp_path):
+    """The 600 real posts, counted by the real Qwen2.5 tokenizer."""
+    source, qwen = test_data("tldr/tldr.jsonl"), test_data("qwen2.5_tokenizer")
+    done = process(tmp_path, "--source", str(source), "--tokenizer", str(qwen))
+    assert done.returncode == 0, done.stderr
+    made = load_dataset(str(tmp_path / "data/tldr"))
+    assert len(made["train"]) + len(made["test"]) == 600 and len(made["test"]) == 60
+    assert all("TL;DR:" not in row["prompt"][1]["content"][-10:] for row in made["test"])
+    assert max(made["train"]["prompt_tokens"]) < 600

@@ -1,0 +1,51 @@
+"""Checkpoints that are made in a moment: random Qwen2 models of two layers in the quickstart's template, adapters on them, and runs of both."""
+
+from pathlib import Path
+
+import torch
+import trl
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from quickstart.pretrain import make_tokenizer
+from training import run_folder
+from training.recipe import RecipeParser, plain
+
+TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
+TEXTS = ["The cat sat on the mat and looked at the moon for an hour.", "Every night the cat climbs onto the roof and waits.", "今天天气很好，我们去公园。"]
+SYSTEM = "Answer in one sentence."
+
+
+def make_model(folder: Path, seed: int, template: str = TEMPLATE, context: int = 2048) -> None:
+    """Write a whole model, large in its weights, so that two seeds say different things."""
+    tokenizer = make_tokenizer(TEXTS * 3, template)
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            max_position_embeddings=context, tie_word_embeddings=False, initializer_range=0.3,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # it hardly ever ends by itself
+    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_adapter(folder: Path, base: Path, seed: int, named: str | None = None) -> None:
+    """Write a LoRA adapter on `base` that changes what it says; named: what its adapter_config.json calls the base."""
+    torch.manual_seed(seed)
+    model = get_peft_model(Qwen2ForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = named or str(base)
+    model.save_pretrained(folder)
+
+
+def make_run(run: Path, model: str, **fields) -> None:
+    """Write a run's folder with its recipe.yaml; the checkpoints are the caller's. fields: of the recipe, as flags."""
+    run.mkdir(parents=True)
+    run_folder.point_latest(run)
+    flags = {"model_name_or_path": model, "dataset_name": "data/rows", "reward_funcs": "rewards.length.length_reward", "max_completion_length": 24, **fields}
+    values, given = RecipeParser().read([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    run_folder.write_recipe(run, {name: plain(value) for name, value in vars(values).items()}, given, SYSTEM)
