@@ -62,6 +62,16 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert given == ["beta", "learning_rate", "reward_weights"]
 
 
+def test_a_mapping_given_as_a_flag_is_one_for_everybody():
+    """JSON on the command line, a dict in the run's recipe.yaml and for whoever reads it; anything else is refused by name."""
+    flags = ["--config", str(CONFIGS[0]), "--reward_kwargs", '{"length_reward": {"target": 3}}', "--guards"]
+    values, _ = RecipeParser().read([*flags, "{}"])
+    assert values.reward_kwargs == {"length_reward": {"target": 3}} and values.guards == {}
+    for text in ("{kl: 1}", "[1]", "3"):
+        with pytest.raises(RecipeError, match=r"guards: .* a mapping is wanted"):
+            RecipeParser().read([*flags, text])
+
+
 GOOD = "from rewards.length import *\ndef plain(completions, **columns):\n    return [0.0 for _ in completions]\n"
 BAD_REWARDS = {
     "misspelt option": ({"reward_kwargs": {"length_reward": {"taget": 100}}}, "no option `taget`; did you mean target?"),
@@ -124,7 +134,7 @@ def test_options_are_bound_and_names_kept(user_modules):
     import asyncio
     import inspect
 
-    recipe = Recipe(reward_funcs=["rewards.length.length_reward", "bad.late", "owner/model"], reward_kwargs='{"length_reward": {"target": 3}}')
+    recipe = Recipe(reward_funcs=["rewards.length.length_reward", "bad.late", "owner/model"], reward_kwargs={"length_reward": {"target": 3}})
     length, late, model = load_rewards(recipe)
     assert length(completions=["abcd"], prompts=["p"]) == [-1.0] and length.__name__ == "length_reward"
     assert inspect.iscoroutinefunction(late) and asyncio.run(late(completions=["a"])) == [None]

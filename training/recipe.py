@@ -30,6 +30,7 @@ CHOICES = {
 # log-probabilities would differ from those that the server sampled by; and a push, where one is asked for, of the final checkpoint alone.
 DEFAULTS = {"logging_steps": 1, "log_completions": True, "report_to": "tensorboard", "disable_tqdm": True, "lora_dropout": 0.0, "hub_strategy": "end"}
 CPU = {"use_cpu": True, "bf16": False}
+MAPPINGS = ("reward_kwargs", "guards", "provenance")  # a flag gives them as JSON; everybody else sees a dict
 
 
 class RecipeError(ValueError):
@@ -80,11 +81,6 @@ class Recipe(ScriptArguments):
         default=None,
         metadata={"help": "Written by the launcher into a run's recipe.yaml: versions, commit, system prompt."},
     )
-
-    def __post_init__(self):
-        for name in ("reward_kwargs", "guards", "provenance"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, json.loads(getattr(self, name)))
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -138,6 +134,8 @@ class RecipeParser(TrlParser):
             if getattr(values, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if isinstance(choice, str))
                 raise RecipeError(f"{path or 'flags'}: {name}: {getattr(values, name)!r} is none of {choices}.")
+        for name in MAPPINGS:
+            setattr(values, name, _mapping(path, name, getattr(values, name)))
         flags = {name.removeprefix("no_") if name not in self.known else name for name in flags}
         return values, sorted((set(config) | flags) & set(self.known))
 
@@ -192,6 +190,17 @@ class RecipeParser(TrlParser):
     def _nearest(self, name: str, prefix: str = "") -> str:
         near = difflib.get_close_matches(name.replace("-", "_"), self.known, n=1)
         return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _mapping(path: str | None, name: str, value: dict | str | None) -> dict | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = [value]
+    if not isinstance(value, dict | None):
+        raise RecipeError(f"{path or 'flags'}: {name}: {value!r}: a mapping is wanted; a flag takes it as JSON.")
+    return value
 
 
 def build(kind: type, values: argparse.Namespace, **changes):
