@@ -135,7 +135,7 @@ class RecipeParser(TrlParser):
                 choices = ", ".join(choice for choice in allowed if isinstance(choice, str))
                 raise RecipeError(f"{path or 'flags'}: {name}: {getattr(values, name)!r} is none of {choices}.")
         for name in MAPPINGS:
-            setattr(values, name, _mapping(path, name, getattr(values, name)))
+            vars(values)[name] = _mapping(path, name, getattr(values, name))
         flags = {name.removeprefix("no_") if name not in self.known else name for name in flags}
         return values, sorted((set(config) | flags) & set(self.known))
 
