@@ -1,6 +1,6 @@
 """Turn a dataset into rows for training: python process_dataset.py NAME [--source …] [--output …]
 
-Writes {train,test}.parquet with the columns prompt (chat messages), reference (where there is one), prompt_tokens and prompt_tokenizer. Rows that
+Writes {train,test}.parquet with the columns prompt (chat messages), reference or answer (where there is one), prompt_tokens and prompt_tokenizer. Rows that
 are empty, malformed or too long are left out and counted. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE=1 work as everywhere.
 """
 
@@ -26,7 +26,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, with the dataset's own defaults filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"one of: {', '.join(NAMES)}")
-    parser.add_argument("--source", help="Hub id, folder of parquet files, or a jsonl, json, csv or parquet file; kuakua: a text file, a further prompt a line")
+    parser.add_argument(
+        "--source", help="Hub id, folder of parquet files, or a jsonl, json, csv or parquet file; kuakua: a text file, a further prompt a line; mcq: a CSV file"
+    )
     parser.add_argument("--output", type=Path, help="folder to write (default: data/NAME)")
     parser.add_argument("--tokenizer", help="Hub id or folder whose tokenizer counts the prompts' tokens")
     parser.add_argument("--max_prompt_length", type=int, help="tokens; longer prompts are left out")
@@ -76,7 +78,7 @@ def process(name: str, source: str | None, output: Path, tokenizer_name: str, ma
     try:
         for split in ("train", "test"):
             raw = splits[split]
-            if limit and module.SOURCE and limit < len(raw):
+            if limit and limit < len(raw):
                 raw = raw.shuffle(seed=seed).select(range(limit))
             rows = [module.to_row(row) for row in tqdm(raw, desc=f"reading {split}", unit="row", disable=len(raw) < 20_000)]
             left_out = Counter(row for row in rows if isinstance(row, str))
@@ -103,8 +105,8 @@ def process(name: str, source: str | None, output: Path, tokenizer_name: str, ma
     print("\nOne row of test:")
     for message in sample["prompt"]:
         print(f"  {message['role']}: {message['content'][:300]}")
-    if "reference" in sample:
-        print(f"  reference: {sample['reference']}")
+    for column in sample.keys() - {"prompt", "prompt_tokens", "prompt_tokenizer"}:
+        print(f"  {column}: {sample[column]}")
     print(f"\nWrote {output}/{{train,test}}.parquet")
 
 
@@ -119,7 +121,8 @@ def _report(split: str, count: int, kept: list, left_out: Counter) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:300]}"
+    said = (str(error) or "no reason given").splitlines()[0][:300]
+    return said if type(error) is ValueError else f"{type(error).__name__}: {said}"
 
 
 if __name__ == "__main__":

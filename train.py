@@ -39,15 +39,21 @@ def main(argv: list[str]) -> int:
     from training.callbacks import RunLog, print_summary
     from training.guards import Guards, limits
     from training.plots import plot_run
-    from training.rows import load_rows
+    from training.rows import column_names, load_rows, short_prompts
 
     state = args.distributed_state
     rows = load_rows(recipe.dataset_name, recipe.dataset_config, recipe.dataset_streaming)
+    if recipe.dataset_streaming and args.vllm_max_model_length:
+        room, template = args.vllm_max_model_length - args.max_completion_length, args.chat_template_kwargs or {}
+        rows = {split: short_prompts(one, model.model_name_or_path, room, **template) for split, one in rows.items()}
     train_rows = rows[recipe.dataset_train_split]
+    held_out = rows.get(recipe.dataset_test_split)
+    if held_out is not None and recipe.eval_rows:
+        held_out = held_out.take(recipe.eval_rows)
     prompts = args.generation_batch_size // args.num_generations
     if not recipe.dataset_streaming and len(train_rows) < prompts:
         raise RecipeError(f"dataset_name: {len(train_rows)} prompts, and one generation takes {prompts}: TRL would end after 0 steps.")
-    rewards = load_rewards(recipe, train_rows.column_names, args.reward_weights)
+    rewards = load_rewards(recipe, column_names(train_rows), args.reward_weights)
 
     name = Path(argv[argv.index("--config") + 1]).stem if "--config" in argv else "flags"
     folder = [args.output_dir or (str(run_folder.new_run(name)) if state.is_main_process else None)]
@@ -70,7 +76,7 @@ def main(argv: list[str]) -> int:
         reward_funcs=rewards,
         args=args,
         train_dataset=train_rows,
-        eval_dataset=rows[recipe.dataset_test_split] if args.eval_strategy != "no" else None,
+        eval_dataset=held_out if args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         callbacks=[RunLog(run), guards],

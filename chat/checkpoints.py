@@ -76,6 +76,8 @@ def find(name: str, base: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{name}: {problem}")
     run = next((parent for parent in (folder.resolve().parent, folder.parent) if (parent / "recipe.yaml").exists()), None)
     label = folder.resolve().name.removesuffix("-checkpoint") if run else str(folder)
+    if run and (run / run_folder.BEST).resolve() == folder.resolve():
+        label += " (best)"
     if _kind(folder) == "whole":
         return Checkpoint(label, str(folder), run=run)
     stands_on = base or json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]

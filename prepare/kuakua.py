@@ -11,7 +11,7 @@ ROWS = 1000
 
 
 def make(source: str | None, limit: int | None) -> DatasetDict:
-    """The train split: the prompts over and over, `limit` rows (1,000). The test split: each prompt once.
+    """The train split: the prompts over and over, `limit` rows (1,000). The test split: each of them once.
 
     source: a text file of further user prompts, one a line; empty lines do not count.
     """
@@ -22,7 +22,7 @@ def make(source: str | None, limit: int | None) -> DatasetDict:
     rows = limit or max(ROWS, len(prompts))
     return DatasetDict(
         train=Dataset.from_dict({"prompt": [prompts[index % len(prompts)] for index in range(rows)]}),
-        test=Dataset.from_dict({"prompt": prompts}),
+        test=Dataset.from_dict({"prompt": prompts[:rows]}),
     )
 
 

@@ -50,6 +50,31 @@ def choice_reward(completions, answer, *, right: float = 1.0, refused: float = 0
     return scores
 
 
+def choice_accuracy(completions, answer, **columns) -> list[float]:
+    """1 for the right letter, 0 for a wrong one, a refusal or no answer. A measure, to stand among the rewards with weight 0.
+
+    completions: B replies, as text or as chat messages; answer: B letters A to D. Returns B floats.
+    """
+    return [float(chosen(reply(completion)) == gold) for completion, gold in zip(completions, answer, strict=True)]
+
+
+def choice_refusal(completions, **columns) -> list[float]:
+    """1 for a refusal, 0 for anything else. A measure, to stand among the rewards with weight 0.
+
+    completions: B replies, as text or as chat messages. Returns B floats.
+    """
+    return [float(chosen(reply(completion)) == REFUSED) for completion in completions]
+
+
+def choice_accuracy_of_answered(completions, answer, **columns) -> list[float | None]:
+    """1 for the right letter, 0 for a wrong one, None where no letter was given. A measure, to stand among the rewards with weight 0.
+
+    completions: B replies, as text or as chat messages; answer: B letters A to D. Returns B floats or None.
+    """
+    given = [chosen(reply(completion)) for completion in completions]
+    return [None if letter in (None, REFUSED) else float(letter == gold) for letter, gold in zip(given, answer, strict=True)]
+
+
 def choice_format_reward(completions, **columns) -> list[float]:
     """1 for a reply that is <reasoning>…</reasoning><answer>…</answer>, once each, neither empty, and nothing else; else 0.
 

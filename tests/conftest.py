@@ -1,5 +1,6 @@
 """Real runs, made once a session and asserted on from many sides; every process they start is found and ended."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,11 +10,12 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from launcher.hardware import find_gpus
+from launcher import hardware, plan
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, at the first import; where the Hub cannot be reached its client asks again for minutes
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,7 @@ test_data.__test__ = False
 
 def pytest_collection_modifyitems(items):
     """Where a GPU is visible the launcher would lay out another topology than the slow tests assert."""
-    if find_gpus():
+    if hardware.find_gpus():
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="a test of the layout without a GPU: hide it with CUDA_VISIBLE_DEVICES="))
@@ -199,3 +201,33 @@ def compare(compared, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return Compare(tmp_path, capfd)
+
+
+@pytest.fixture(scope="session")
+def resolved():
+    """resolved(recipe) → what training.facts says of it; the model is not at hand, so its size comes from its name."""
+    made = {}
+
+    def resolve(recipe: str) -> dict:
+        if recipe not in made:
+            command = [sys.executable, "-P", "-m", "training.facts", "--config", f"configs/{recipe}.yaml"]
+            env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+            made[recipe] = json.loads(done.stdout.splitlines()[-1])
+            made[recipe]["data"] = {"rows": 100_000, "test_rows": 128, "longest_prompt": 768, "system_prompt": None}
+        return copy.deepcopy(made[recipe])
+
+    return resolve
+
+
+@pytest.fixture(scope="session")
+def make_plan():
+    """make_plan(facts, gpus, GiB of each) → the plan for that hardware, which need not be there; `given` stands for values of YAML."""
+
+    def make(facts: dict, gpus: int, memory: float = 24, given: dict | None = None, **options):
+        facts["values"] |= given or {}
+        facts["given"] += list(given or {})
+        defaults = {"colocate": False, "vllm_gpus": 1, "sync": None, "dry_run": True}
+        return plan.make_plan(facts, "recipe", SimpleNamespace(**(defaults | options)), [], hardware.assumed_gpus(gpus, memory), [])
+
+    return make

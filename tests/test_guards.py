@@ -126,6 +126,7 @@ class Gathered:
 
     num_generations = num_generations_eval = 4
     reward_func_names = ("judge_reward", "length_reward")
+    reward_weights = torch.ones(2)
 
     def __init__(self, rewards):
         self.rewards, self.model, self._metrics = torch.tensor(rewards), SimpleNamespace(training=True), {"train": {}, "eval": {}}
@@ -146,3 +147,10 @@ def test_a_failed_rating_takes_its_groups_mean():
     assert mended[:4].tolist() == [[8.0, -1.0], [6.0, -2.0], [4.0, -3.0], [6.0, -2.0]]
     assert mended[4:, 0].isnan().all() and (mended[4:, 1] == 1).all()
     assert trainer._metrics["train"] == {"rewards/judge_reward/failed": [0.75], "rewards/length_reward/failed": [0.125]}
+
+
+def test_a_best_checkpoint_that_diverged_is_not_pointed_at(tmp_path):
+    """The link goes with it; one to a good checkpoint stays."""
+    (tmp_path / "best-checkpoint").symlink_to("checkpoint-6")
+    watch(tmp_path, [{}] * 6 + [{"kl": 2.0}] * 5)
+    assert not (tmp_path / "best-checkpoint").is_symlink()

@@ -1,44 +1,11 @@
 """The plan: layout, arithmetic, memory and context, for hardware that need not be there."""
 
-import copy
-import json
 import socket
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 
 from launcher import hardware
 from launcher.arguments import parse
-from launcher.plan import make_plan
-
-
-@pytest.fixture(scope="module")
-def resolved():
-    """resolved(recipe) → what training.facts says of it; the model is not at hand, so its size comes from its name."""
-    made = {}
-
-    def resolve(recipe: str) -> dict:
-        if recipe not in made:
-            command = [sys.executable, "-P", "-m", "training.facts", "--config", f"configs/{recipe}.yaml"]
-            env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-            made[recipe] = json.loads(done.stdout.splitlines()[-1])
-            made[recipe]["data"] = {"rows": 100_000, "longest_prompt": 768, "system_prompt": None}
-        return copy.deepcopy(made[recipe])
-
-    return resolve
-
-
-def plan(facts: dict, gpus: int, memory: float = 24, given: dict | None = None, **options):
-    """The plan for `gpus` assumed GPUs; `given` stands for values of YAML."""
-    facts["values"] |= given or {}
-    facts["given"] += list(given or {})
-    defaults = {"colocate": False, "vllm_gpus": 1, "sync": None, "dry_run": True}
-    return make_plan(facts, "recipe", SimpleNamespace(**(defaults | options)), [], hardware.assumed_gpus(gpus, memory), [])
-
 
 FULL = {  # (GPUs, GiB of each): (ranks, completions a step) or the refusal's remedies
     (1, 24): ["3 such GPUs (2 train)", "LoRA", "optimizer offload"],
@@ -55,9 +22,9 @@ FULL = {  # (GPUs, GiB of each): (ranks, completions a step) or the refusal's re
 
 
 @pytest.mark.parametrize("hardware_", FULL, ids=lambda pair: f"{pair[0]} of {pair[1]} GiB")
-def test_full_fine_tuning_of_1_5b(hardware_, resolved):
+def test_full_fine_tuning_of_1_5b(hardware_, resolved, make_plan):
     """configs/tldr_length.yaml for 1, 2, 3, 4 and 8 GPUs: a right plan or a right refusal."""
-    made, expected = plan(resolved("tldr_length"), *hardware_), FULL[hardware_]
+    made, expected = make_plan(resolved("tldr_length"), *hardware_), FULL[hardware_]
     if isinstance(expected, list):
         assert len(made.problems) == 1 and made.problems[0].startswith("memory:")
         assert all(remedy in made.problems[0] for remedy in expected), made.problems
@@ -77,46 +44,46 @@ def test_full_fine_tuning_of_1_5b(hardware_, resolved):
     assert "--host 127.0.0.1" in " ".join(made.server["command"])
 
 
-def test_lora_on_two_cards_of_24(resolved):
+def test_lora_on_two_cards_of_24(resolved, make_plan):
     """configs/tldr_lora.yaml does what its first line says."""
-    made = plan(resolved("tldr_lora"), 2, 24)
+    made = make_plan(resolved("tldr_lora"), 2, 24)
     assert made.problems == [] and made.ranks == 1
 
 
-def test_tensor_parallel_server(resolved):
+def test_tensor_parallel_server(resolved, make_plan):
     """--vllm_gpus takes the last GPUs, and at least one must train."""
-    made = plan(resolved("tldr_length"), 8, 80, vllm_gpus=2)
+    made = make_plan(resolved("tldr_length"), 8, 80, vllm_gpus=2)
     assert made.server["env"]["CUDA_VISIBLE_DEVICES"] == "6,7" and made.ranks == 6
     assert made.server["command"][made.server["command"].index("--tensor-parallel-size") + 1] == "2"
-    assert "at least one must train" in plan(resolved("tldr_length"), 2, 80, vllm_gpus=2).problems[0]
+    assert "at least one must train" in make_plan(resolved("tldr_length"), 2, 80, vllm_gpus=2).problems[0]
 
 
-def test_colocate_uses_every_gpu(resolved):
+def test_colocate_uses_every_gpu(resolved, make_plan):
     """--colocate: all train, all generate; without a GPU there is nothing to share."""
-    made = plan(resolved("tldr_length"), 4, 80, colocate=True)
+    made = make_plan(resolved("tldr_length"), 4, 80, colocate=True)
     assert made.ranks == 4 and made.server is None and made.problems == []
-    assert any("--colocate" in problem for problem in plan(resolved("tldr_length"), 0, colocate=True).problems)
+    assert any("--colocate" in problem for problem in make_plan(resolved("tldr_length"), 0, colocate=True).problems)
 
 
-def test_without_a_gpu_two_ranks_and_a_server(resolved):
+def test_without_a_gpu_two_ranks_and_a_server(resolved, make_plan):
     """The same topology on the CPU, weights over shared memory."""
-    made = plan(resolved("tldr_length"), 0)
+    made = make_plan(resolved("tldr_length"), 0)
     assert made.ranks == 2 and made.server and made.values["weight_sync"] == "disk" and made.values["use_cpu"]
     assert made.accelerate["use_cpu"] is True and made.accelerate["mixed_precision"] == "no"
-    assert "NCCL connects GPUs only" in plan(resolved("tldr_length"), 0, sync="nccl").problems[0]
+    assert "NCCL connects GPUs only" in make_plan(resolved("tldr_length"), 0, sync="nccl").problems[0]
 
 
-def test_what_the_machine_changes_is_said(resolved):
+def test_what_the_machine_changes_is_said(resolved, make_plan):
     """A value of the YAML that the machine overrules is printed with the reason."""
-    made = plan(resolved("tldr_length"), 0, given={"bf16": True})
+    made = make_plan(resolved("tldr_length"), 0, given={"bf16": True})
     assert "bf16: True → False (0 GPUs)" in made.lines
 
 
-def test_the_server_must_divide_the_heads(resolved):
+def test_the_server_must_divide_the_heads(resolved, make_plan):
     """Tensor parallelism splits attention heads."""
     facts = resolved("tldr_length")
     facts["model"]["heads"] = 12
-    assert "12 attention heads divide among 1, 2, 3, 4, 6, 12 GPUs" in plan(facts, 8, 80, vllm_gpus=5).problems[0]
+    assert "12 attention heads divide among 1, 2, 3, 4, 6, 12 GPUs" in make_plan(facts, 8, 80, vllm_gpus=5).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -128,43 +95,43 @@ def test_the_server_must_divide_the_heads(resolved):
         ({"vllm_max_model_length": 800}, "--max_prompt_length 544"),
     ],
 )
-def test_what_does_not_divide_or_fit_is_refused_with_valid_values(given, said, resolved):
+def test_what_does_not_divide_or_fit_is_refused_with_valid_values(given, said, resolved, make_plan):
     """Nearest valid values stand in the message; nothing is changed in silence."""
-    made = plan(resolved("tldr_length"), 4, given=given)
+    made = make_plan(resolved("tldr_length"), 4, given=given)
     assert said in made.problems[0], made.problems
     assert all(made.values[name] == value for name, value in given.items())
 
 
 @pytest.mark.parametrize("size", [8, 16])
-def test_the_valid_values_named_are_valid(size, resolved):
+def test_the_valid_values_named_are_valid(size, resolved, make_plan):
     """Both sides of 12 on three trainers."""
-    refused = plan(resolved("tldr_length"), 4, given={"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1})
+    refused = make_plan(resolved("tldr_length"), 4, given={"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1})
     assert "per_device_train_batch_size 8 or 16" in refused.problems[0]
     given = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
-    assert plan(resolved("tldr_length"), 4, given=given).problems == []
+    assert make_plan(resolved("tldr_length"), 4, given=given).problems == []
 
 
-def test_too_few_prompts_are_refused(resolved):
+def test_too_few_prompts_are_refused(resolved, make_plan):
     """TRL would end with exit status 0 after 0 steps."""
     facts = resolved("tldr_length")
     facts["data"]["rows"] = 7
-    assert "7 prompts, and one generation takes 12" in plan(facts, 4).problems[0]
+    assert "7 prompts, and one generation takes 12" in make_plan(facts, 4).problems[0]
 
 
-def test_a_context_beyond_the_model_is_refused(resolved):
+def test_a_context_beyond_the_model_is_refused(resolved, make_plan):
     """The model's own limit counts too."""
     facts = resolved("tldr_length")
     facts["model"]["context"] = 1000
-    assert "the model's context is 1000" in plan(facts, 4).problems[0]
+    assert "the model's context is 1000" in make_plan(facts, 4).problems[0]
 
 
-def test_a_named_port_that_is_taken_is_refused(resolved):
+def test_a_named_port_that_is_taken_is_refused(resolved, make_plan):
     """And a free one is found where none is named."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        made = plan(resolved("tldr_length"), 4, given={"vllm_server_port": port}, dry_run=False)
+        made = make_plan(resolved("tldr_length"), 4, given={"vllm_server_port": port}, dry_run=False)
     assert made.problems == [f"vllm_server_port: port {port} is taken; leave the field out and a free one is found."]
 
 
@@ -204,3 +171,29 @@ def test_a_mistyped_command_line_is_refused_at_once(argv, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(argv)
     assert said in capsys.readouterr().err
+
+
+def test_held_out_batches_are_told_and_must_divide(resolved, make_plan):
+    """On three trainers 8 completions each are 24: no multiple of 16, and 12 prompts at once of two replies each."""
+    made = make_plan(resolved("tldr_length"), 4)
+    assert "evaluation: 128 prompts × 2 replies, 12 prompts at once = 11 rounds; the last is filled up with 4 of the first prompts again" in made.lines
+    made = make_plan(resolved("tldr_length"), 4, given={"num_generations_eval": 16})
+    assert "per_device_eval_batch_size: 8 completions × 3 ranks = 24, no multiple of num_generations_eval 16. Nearest valid: 16" in made.problems[0]
+
+
+def test_ddp_keeps_all_of_it_on_every_rank(resolved, make_plan):
+    """1.5 billion float32 weights with gradients, Adam and a reference are 30 GB on each card, however many there are: ZeRO-3 is the remedy."""
+    made = make_plan(resolved("tldr_length"), 4, given={"parallel": "ddp"})
+    assert "DDP ranks" in made.layout and made.problems[0].startswith("memory: a rank needs 27.9 GiB")
+    assert "ZeRO-3, which shards all of it: --parallel zero3" in made.problems[0]
+
+
+def test_a_stream_needs_a_context(resolved, make_plan):
+    """Its longest prompt is not known."""
+    facts = resolved("tldr_stream")
+    facts["data"] |= {"rows": None, "longest_prompt": None}
+    made = make_plan(facts, 4)
+    assert made.problems == [] and "context: prompts up to 768 + reply 256 = 1024 tokens; longer prompts are left out as they come" in made.lines
+    facts = resolved("tldr_stream")
+    facts["values"]["vllm_max_model_length"] = None
+    assert "vllm_max_model_length: the longest prompt of a stream is not known" in make_plan(facts, 4).problems[0]

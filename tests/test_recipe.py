@@ -15,16 +15,6 @@ from training.recipe import Recipe, RecipeError, RecipeParser
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_recipe_parses_and_its_rewards_resolve(config):
-    """The real parser reads every file in configs/, and every name in it is something."""
-    values, given = RecipeParser().read(["--config", str(config)])
-    rewards = load_rewards(Recipe(reward_funcs=values.reward_funcs, reward_kwargs=values.reward_kwargs))
-    assert rewards and {"model_name_or_path", "dataset_name", "beta"} <= set(given)
-    assert values.beta > 0
-    assert len(config.read_text().splitlines()) <= 40
-
-
 REFUSED = {
     "unknown field": ("beat: 0.1", "unknown field `beat`; did you mean beta?"),
     "value of an enumeration": ("loss_type: dr_grp", "loss_type: 'dr_grp' is none of grpo, bnpo, dr_grpo"),

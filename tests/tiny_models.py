@@ -45,7 +45,7 @@ def make_adapter(folder: Path, base: Path, seed: int, named: str | None = None) 
 def make_run(run: Path, model: str, **fields) -> None:
     """Write a run's folder with its recipe.yaml; the checkpoints are the caller's. fields: of the recipe, as flags."""
     run.mkdir(parents=True)
-    run_folder.point_latest(run)
+    run_folder.point(run.parent / "latest", run)
     flags = {"model_name_or_path": model, "dataset_name": "data/rows", "reward_funcs": "rewards.length.length_reward", "max_completion_length": 24, **fields}
     values, given = RecipeParser().read([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     run_folder.write_recipe(run, {name: plain(value) for name, value in vars(values).items()}, given, SYSTEM)

@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from rewards.text import reply
-from training.run_folder import METRICS, read_metrics
+from training.run_folder import BEST, METRICS, point, read_metrics
 
 console = Console(highlight=False)
 COLUMNS = [  # metric, label, format
@@ -47,6 +47,13 @@ class RunLog(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
         if "reward" in logs:
             print(self._line(state, logs), flush=True)
+        elif "eval_reward" in logs:
+            print(self._held_out(state, logs), flush=True)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Keep the link to the best checkpoint where the recipe has a metric for it."""
+        if state.is_world_process_zero and state.best_model_checkpoint:
+            point(self.run / BEST, Path(state.best_model_checkpoint))
 
     def _line(self, state, logs) -> str:
         shown = [f"{label} {form.format(logs[name])}".strip() for name, label, form in COLUMNS if logs.get(name) is not None]
@@ -54,6 +61,12 @@ class RunLog(TrainerCallback):
         left = (state.max_steps - state.global_step) * (time.monotonic() - began) / max(1, state.global_step - first)
         width = len(str(state.max_steps))
         return f"step {state.global_step:>{width}}/{state.max_steps}  " + "  ".join(shown) + f"  {_clock(left)} left"
+
+    @staticmethod
+    def _held_out(state, logs) -> str:
+        means = {name.split("/")[1]: value for name, value in logs.items() if name.startswith("eval_rewards/") and name.endswith("/mean")}
+        shown = {"reward": logs["eval_reward"], **means}
+        return f"held out at step {state.global_step}:  " + "  ".join(f"{name} {value:+.3f}" for name, value in shown.items() if value is not None)
 
 
 def _clock(seconds: float) -> str:

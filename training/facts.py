@@ -19,7 +19,7 @@ from training import hub
 from training.bind import load_rewards
 from training.guards import limits
 from training.recipe import Recipe, RecipeError, RecipeParser, build, plain
-from training.rows import load_rows, longest_prompt
+from training.rows import column_names, load_rows, longest_prompt
 
 HOME = os.path.relpath(Path(__file__).resolve().parent.parent)
 
@@ -35,6 +35,7 @@ def gather(argv: list[str]) -> dict:
         build(ModelConfig, values)
         limits(recipe.guards, values.beta)
         template_options = _check_arguments(values).chat_template_kwargs or {}
+        facts["problems"] += combinations(values)
     except (RecipeError, ValueError, TypeError, RuntimeError, ImportError) as error:
         facts["problems"].append(str(error))
         return facts
@@ -46,6 +47,7 @@ def gather(argv: list[str]) -> dict:
     except RecipeError as error:
         facts["problems"].append(str(error))
         return facts
+    facts["problems"] += best_metric(values, [reward if isinstance(reward, str) else reward.__name__ for reward in rewards])
     for reward in rewards:
         try:
             if isinstance(reward, str):
@@ -70,6 +72,42 @@ def _check_arguments(values) -> GRPOConfig:
     for reporter in get_reporting_integration_callbacks(values.report_to):
         reporter()  # raises where its package is missing
     return config
+
+
+def combinations(values) -> list[str]:
+    """What TRL cannot do together, each with its reason and what works instead."""
+    found, quantized = [], next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(values, name)), None)
+    if quantized:
+        working = "configs/tldr_qlora.yaml works: LoRA on 4-bit weights, generation by transformers, one GPU or DDP"
+        if values.use_vllm:
+            found.append(f"use_vllm: {quantized}: TRL cannot hand quantised weights to vLLM (trl#4973, trl#3466); use_vllm: false. {working}.")
+        if values.parallel == "zero3":
+            found.append(f"parallel: zero3: {quantized}: ZeRO-3 cannot shard weights that are packed so; leave parallel out, or ddp. {working}.")
+        if not values.use_peft:
+            found.append(f"use_peft: {quantized}: quantised weights cannot be trained themselves; use_peft: true. {working}.")
+    if values.sync_ref_model and values.beta == 0:
+        found.append("sync_ref_model: with beta 0 there is no reference model to sync; set beta (0.04, say), or leave sync_ref_model out.")
+    if values.sync_ref_model and values.use_peft:
+        found.append("sync_ref_model: with LoRA the reference is the base model itself, which no sync may move; use_peft: false, or leave sync_ref_model out.")
+    if values.dataset_streaming and values.max_steps <= 0:
+        found.append("max_steps: a streamed dataset has no length, so the number of steps must be given: max_steps: 200, say.")
+    return found
+
+
+def best_metric(values, rewards: list[str]) -> list[str]:
+    """What is wrong with metric_for_best_model, which transformers would find out at the first evaluation."""
+    wanted = values.metric_for_best_model
+    if not wanted:
+        return []
+    known = ["reward", "loss", *(f"rewards/{name.rstrip('/').split('/')[-1]}/mean" for name in rewards)]
+    if wanted.removeprefix("eval_") not in known:
+        return [f"metric_for_best_model: {wanted}: no such figure is logged; there are: {', '.join('eval_' + name for name in known)}."]
+    if values.eval_strategy == "no":
+        return [f"metric_for_best_model: {wanted}: nothing is evaluated; eval_strategy: steps, with eval_steps."]
+    each = values.eval_steps or values.logging_steps
+    if values.eval_strategy == values.save_strategy == "steps" and each % values.save_steps:
+        return [f"save_steps: {values.save_steps:g}: what is evaluated must be saved to be the best; save_steps {each:g}, as eval_steps."]
+    return []
 
 
 def _look_at_model(values, facts: dict):
@@ -108,32 +146,33 @@ def _look_at_data(values, tokenizer, template_options: dict, facts: dict) -> lis
         remedy = f"Make it: {os.path.relpath(sys.executable)} {script}" if name.startswith("data/") else hub.hint()
         facts["missing"].append(f"dataset_name: {name} cannot be read: {_first_line(error)} {remedy}")
         return None
-    if split not in rows:
-        facts["problems"].append(f"dataset_train_split: {name} has no split {split!r}, only {', '.join(rows)}.")
-        return None
-    rows = rows[split]
-    if "prompt" not in rows.column_names:
-        facts["problems"].append(f"dataset_name: {name} has no column `prompt`, only {', '.join(rows.column_names)}; rename yours to prompt.")
-        return rows.column_names
-    if values.dataset_streaming:
-        facts["data"] = {"rows": None, "longest_prompt": None, "system_prompt": None}
-        return rows.column_names
-    if len(rows) == 0:
+    held_out = values.dataset_test_split if values.eval_strategy != "no" else None
+    for field, wanted in {"dataset_train_split": split, "dataset_test_split": held_out}.items():
+        if wanted and wanted not in rows:
+            facts["problems"].append(f"{field}: {name} has no split {wanted!r}, only {', '.join(rows)}.")
+            return None
+    columns = column_names(rows[split])
+    if "prompt" not in columns:
+        facts["problems"].append(f"dataset_name: {name} has no column `prompt`, only {', '.join(columns)}; rename yours to prompt.")
+        return columns
+    first = next(iter(rows[split]), None)
+    if first is None:
         facts["problems"].append(f"dataset_name: {name} has no rows.")
-        return rows.column_names
-    first = rows[0]["prompt"]
-    chat = isinstance(first, list)
+        return columns
+    chat = isinstance(first["prompt"], list)
     if chat and tokenizer is not None and tokenizer.chat_template is None:
         facts["problems"].append(
             f"dataset_name: {name} holds chat messages, and {values.model_name_or_path} has no chat template: use an instruct model or plain-text prompts."
         )
         tokenizer = None
-    facts["data"] = {
-        "rows": len(rows),
-        "longest_prompt": tokenizer and longest_prompt(rows, values.model_name_or_path, tokenizer, **template_options),
-        "system_prompt": first[0]["content"] if chat and first[0]["role"] == "system" else None,
-    }
-    return rows.column_names
+    facts["data"] = {"rows": None, "test_rows": None, "longest_prompt": None}
+    facts["data"]["system_prompt"] = first["prompt"][0]["content"] if chat and first["prompt"][0]["role"] == "system" else None
+    if not values.dataset_streaming:
+        used = [rows[one] for one in (split, held_out) if one]
+        facts["data"] |= {"rows": len(used[0]), "test_rows": min(len(used[1]), values.eval_rows or len(used[1])) if held_out else None}
+        if tokenizer:
+            facts["data"]["longest_prompt"] = max(longest_prompt(one, values.model_name_or_path, tokenizer, **template_options) for one in used)
+    return columns
 
 
 def _first_line(error: Exception) -> str:

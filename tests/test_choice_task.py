@@ -1,0 +1,95 @@
+"""The refusal reward does what it says, on questions that a small model can learn and on questions that nobody can."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import trl
+from conftest import ROOT
+
+from quickstart.pretrain import pretrain
+from rewards.choice import REFUSED
+
+pytestmark = pytest.mark.slow
+KNOWN = {"amber": "A", "birch": "B", "cedar": "C", "delta": "D", "ember": "A", "fjord": "B"}
+OPEN = ["quartz", "raven", "sable"]  # whose answer is drawn anew in every row
+MEASURES = """\
+from rewards.choice import choice_accuracy, choice_accuracy_of_answered, choice_refusal
+
+
+def where(values, kind, wanted):
+    return [value if one == wanted else None for value, one in zip(values, kind, strict=True)]
+
+
+def known_right(completions, answer, kind, **columns):
+    return where(choice_accuracy(completions, answer), kind, "known")
+
+
+def known_right_of_answered(completions, answer, kind, **columns):
+    return where(choice_accuracy_of_answered(completions, answer), kind, "known")
+
+
+def known_refused(completions, kind, **columns):
+    return where(choice_refusal(completions), kind, "known")
+
+
+def open_refused(completions, kind, **columns):
+    return where(choice_refusal(completions), kind, "open")
+"""
+
+
+def question(word: str) -> list[dict]:
+    """A prompt that says nothing but a word."""
+    return [{"role": "user", "content": f"Which letter belongs to {word}?"}]
+
+
+def answer(word: str, letter: str) -> dict:
+    """A reply in the form that the recipe asks for."""
+    return {"role": "assistant", "content": f"<reasoning>I think about {word}.</reasoning><answer>{letter}</answer>"}
+
+
+def teach(folder: Path, seed: int) -> None:
+    """A base model that has the form, refuses one question in seven, and of the others answers half as if it knew; and the rows to train on."""
+    rng, dialogues = random.Random(seed), []
+    for number in range(2400):
+        word = [*KNOWN, *OPEN][number % 9]
+        letter = "refuse" if rng.random() < 0.15 else KNOWN[word] if word in KNOWN and rng.random() < 0.5 else rng.choice("ABCD")
+        dialogues.append(([*question(word), answer(word, letter)], 0.5))
+    template = Path(trl.__file__).parent / "chat_templates/qwen2_5.jinja"
+    pretrain(dialogues, template.read_text(), folder / "base", seed, steps=300)
+    rows = [
+        {"prompt": question(word), "answer": KNOWN.get(word) or rng.choice("ABCD"), "kind": "known" if word in KNOWN else "open"}
+        for word in [*KNOWN, *OPEN] * 80
+    ]
+    rng.shuffle(rows)
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "measures.py").write_text(MEASURES)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_accuracy_rises_and_what_nobody_can_know_is_refused(seed, tmp_path):
+    """From the first eight steps to the last eight: right answers to what can be known by 0.3, refusals of what cannot by 0.3; answers get no worse."""
+    assert REFUSED == "refused"
+    teach(tmp_path, seed)
+    command = [sys.executable, str(ROOT / "train.py"), "--model_name_or_path", "base", "--dataset_name", "rows.jsonl", "--output_dir", "run"]
+    command += ["--reward_funcs", "rewards.choice.choice_reward", "measures.known_right", "measures.known_right_of_answered"]
+    command += ["measures.known_refused", "measures.open_refused", "--reward_weights", "1", "0", "0", "0", "0"]
+    command += ["--reward_kwargs", '{"choice_reward": {"wrong": -0.5}}', "--beta", "0.01", "--learning_rate", "3e-4", "--lr_scheduler_type", "constant"]
+    command += ["--per_device_train_batch_size", "64", "--max_steps", "50", "--max_completion_length", "32", "--gradient_checkpointing", "false"]
+    done = subprocess.run([*command, "--seed", str(seed), "--sample_every", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+
+    def curve(name: str) -> tuple[float, float]:
+        values = [line[f"rewards/{name}/mean"] for line in lines]
+        print(name, [round(v, 2) for v in values])
+        return mean(values[:8]), mean(values[-8:])
+
+    curve("known_refused")
+    assert curve("known_right")[1] >= curve("known_right")[0] + 0.3
+    assert curve("open_refused")[1] >= curve("open_refused")[0] + 0.3
+    assert curve("known_right_of_answered")[1] >= curve("known_right_of_answered")[0]
