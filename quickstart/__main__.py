@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from process_dataset import process
+
 TAUGHT, TRAINED, HELD_OUT = 4000, 640, 64  # posts for the base model, for GRPO and for tests: three different draws
 
 
@@ -68,7 +70,6 @@ def _make_model(output: Path, seed: int) -> None:
 
 
 def _make_data(output: Path, model: Path, seed: int) -> None:
-    from process_dataset import process
     from quickstart.corpus import posts
 
     shutil.rmtree(output, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ import trl
 from conftest import ROOT
 
 from quickstart.pretrain import pretrain
-from rewards.choice import REFUSED
 
 pytestmark = pytest.mark.slow
 KNOWN = {"amber": "A", "birch": "B", "cedar": "C", "delta": "D", "ember": "A", "fjord": "B"}
@@ -53,17 +53,17 @@ def answer(word: str, letter: str) -> dict:
 
 
 def teach(folder: Path, seed: int) -> None:
-    """A base model that has the form, refuses one question in seven, and of the others answers half as if it knew; and the rows to train on."""
+    """A base model that has the form, refuses one question in five, and of the others answers two thirds as if it knew; and the rows to train on."""
     rng, dialogues = random.Random(seed), []
     for number in range(2400):
         word = [*KNOWN, *OPEN][number % 9]
-        letter = "refuse" if rng.random() < 0.15 else KNOWN[word] if word in KNOWN and rng.random() < 0.5 else rng.choice("ABCD")
+        letter = "refuse" if rng.random() < 0.2 else KNOWN[word] if word in KNOWN and rng.random() < 0.65 else rng.choice("ABCD")
         dialogues.append(([*question(word), answer(word, letter)], 0.5))
     template = Path(trl.__file__).parent / "chat_templates/qwen2_5.jinja"
     pretrain(dialogues, template.read_text(), folder / "base", seed, steps=300)
     rows = [
         {"prompt": question(word), "answer": KNOWN.get(word) or rng.choice("ABCD"), "kind": "known" if word in KNOWN else "open"}
-        for word in [*KNOWN, *OPEN] * 80
+        for word in [*KNOWN, *OPEN, *OPEN] * 80
     ]
     rng.shuffle(rows)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -72,24 +72,21 @@ def teach(folder: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_accuracy_rises_and_what_nobody_can_know_is_refused(seed, tmp_path):
-    """From the first eight steps to the last eight: right answers to what can be known by 0.3, refusals of what cannot by 0.3; answers get no worse."""
-    assert REFUSED == "refused"
+    """From the first eight steps to the last eight, right answers to what can be known rise by 0.15, refusals of what cannot by 0.3, and what is
+    answered gets no worse; what can be known is not refused for it.
+    """
     teach(tmp_path, seed)
     command = [sys.executable, str(ROOT / "train.py"), "--model_name_or_path", "base", "--dataset_name", "rows.jsonl", "--output_dir", "run"]
     command += ["--reward_funcs", "rewards.choice.choice_reward", "measures.known_right", "measures.known_right_of_answered"]
     command += ["measures.known_refused", "measures.open_refused", "--reward_weights", "1", "0", "0", "0", "0"]
-    command += ["--reward_kwargs", '{"choice_reward": {"wrong": -0.5}}', "--beta", "0.01", "--learning_rate", "3e-4", "--lr_scheduler_type", "constant"]
-    command += ["--per_device_train_batch_size", "64", "--max_steps", "50", "--max_completion_length", "32", "--gradient_checkpointing", "false"]
-    done = subprocess.run([*command, "--seed", str(seed), "--sample_every", "0"], cwd=tmp_path, capture_output=True, text=True)
+    command += ["--beta", "0.05", "--learning_rate", "2e-4", "--lr_scheduler_type", "constant", "--seed", str(seed), "--sample_every", "0"]
+    command += ["--per_device_train_batch_size", "64", "--max_steps", "60", "--max_completion_length", "32", "--gradient_checkpointing", "false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-
-    def curve(name: str) -> tuple[float, float]:
-        values = [line[f"rewards/{name}/mean"] for line in lines]
-        print(name, [round(v, 2) for v in values])
-        return mean(values[:8]), mean(values[-8:])
-
-    curve("known_refused")
-    assert curve("known_right")[1] >= curve("known_right")[0] + 0.3
-    assert curve("open_refused")[1] >= curve("open_refused")[0] + 0.3
-    assert curve("known_right_of_answered")[1] >= curve("known_right_of_answered")[0]
+    curves = {name: [line[f"rewards/{name}/mean"] for line in lines] for name in re.findall(r"def (known\w+|open\w+)", MEASURES)}
+    curves = {name: [value for value in values if value is not None] for name, values in curves.items()}  # a step may ask nothing of that kind
+    first, last = ({name: mean(part(values)) for name, values in curves.items()} for part in (lambda v: v[:8], lambda v: v[-8:]))
+    assert last["known_right"] >= first["known_right"] + 0.15, (first, last)
+    assert last["open_refused"] >= first["open_refused"] + 0.3, (first, last)
+    assert last["known_right_of_answered"] >= first["known_right_of_answered"] and last["known_refused"] <= 0.15, (first, last)
