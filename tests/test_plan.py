@@ -197,3 +197,14 @@ def test_a_stream_needs_a_context(resolved, make_plan):
     facts = resolved("tldr_stream")
     facts["values"]["vllm_max_model_length"] = None
     assert "vllm_max_model_length: the longest prompt of a stream is not known" in make_plan(facts, 4).problems[0]
+
+
+def test_the_values_of_tiny_grpo_mean_what_the_readme_says(resolved, make_plan):
+    """32 prompts of 12 replies at once, trained on 16 at a time: 24 updates."""
+    facts = resolved("tldr_lora")
+    facts["data"]["rows"] = 3200
+    given = {"num_generations": 12, "generation_batch_size": 384, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
+    made = make_plan(facts, 1, 80, given=given)
+    assert made.problems == []
+    line = next(line for line in made.lines if line.startswith("batch:"))
+    assert "= 16 completions a step; 32 prompts × 12 replies generated at once; 3200 prompts = 2400 steps an epoch" in line
