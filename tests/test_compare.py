@@ -61,13 +61,14 @@ def test_the_figures_are_those_of_the_replies(compare):
 
 
 def test_a_run_means_its_base_checkpoints_and_final(compare):
-    """With its own reward, options and length of replies; a checkpoint that is still being written is not offered."""
+    """With its own reward, options and length of replies; a checkpoint that is still being written is not offered, and the best one is called so."""
     (compare.folder / "trainOutput/made/1/checkpoint-4").mkdir()
+    (compare.folder / "trainOutput/made/1/best-checkpoint").symlink_to("checkpoint-2")
     status, _ = compare("trainOutput/made/1", "one", "--data", "data", "--limit", "2", "--json", "out.json", "--max_new_tokens", "8")
     result = json.loads((compare.folder / "out.json").read_text())
-    assert status == 0 and [one["name"] for one in result["checkpoints"]] == ["base", "checkpoint-2", "final"]
+    assert status == 0 and [one["name"] for one in result["checkpoints"]] == ["base", "checkpoint-2 (best)", "final"]
     texts = [row["reply"] for row in compare.kept() if row["path"].endswith("checkpoint-2")]
-    assert result["splits"]["test"]["metrics"]["length_reward"]["checkpoint-2"]["mean"] == np.mean([-abs(50 - len(text)) for text in texts])
+    assert result["splits"]["test"]["metrics"]["length_reward"]["checkpoint-2 (best)"]["mean"] == np.mean([-abs(50 - len(text)) for text in texts])
     assert all(len(row["reply_ids"]) <= 8 for row in compare.kept())
 
 

@@ -171,7 +171,7 @@ def test_failing_reward_ends_the_run(workplace, launch):
 
 
 def test_own_reward_on_own_rows_with_lora(workplace, launch):
-    """Two files of the user's own, outside the repository; and LoRA by flags, in step with the server."""
+    """Two files of the user's own, outside the repository, with the recipe for LoRA; in step with the server."""
     folder = workplace()
     (folder / "mine.py").write_text(
         "def shout(completions, mood, *, mark='!', **columns):\n"
@@ -181,8 +181,9 @@ def test_own_reward_on_own_rows_with_lora(workplace, launch):
     rows = [{"prompt": [{"role": "user", "content": f"My day number {i}"}], "mood": "glad"} for i in range(16)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = launch(
-        folder, str(ROOT / "configs/quickstart.yaml"), "--dataset_name", "rows.jsonl", "--reward_funcs", "mine.shout",
-        "--reward_kwargs", '{"shout": {"mark": "."}}', "--use_peft", "true", "--lora_target_modules", "all-linear", "--max_steps", "3",
+        folder, str(ROOT / "configs/tldr_lora.yaml"), "--model_name_or_path", "data/quickstart-model", "--dataset_name", "rows.jsonl",
+        "--reward_funcs", "mine.shout", "--reward_kwargs", '{"shout": {"mark": "."}}', "--max_steps", "3", "--learning_rate", "1e-3",
+        "--warmup_steps", "0", "--gradient_accumulation_steps", "1",
     )  # fmt: skip
     assert run.finish() == 0, run.text()[-4000:]
     assert all("rewards/shout/mean" in line for line in run.metrics())
