@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from chat.columns import Reply, draw
 from chat.gather import gather
 from chat.layout import side_by_side
 from chat.scores import Scores
+from chat.served import Served
 from chat.terminal import Chat
 from launcher.hardware import free_ports
 
@@ -394,9 +396,44 @@ def test_rewards_that_cannot_be_given_are_left_out_with_a_sentence(there, monkey
 # A server
 
 
+class Dropping(BaseHTTPRequestHandler):
+    """A server that goes away after three pieces of a reply."""
+
+    def log_message(self, *args):
+        """Nothing on the console."""
+
+    def do_GET(self):
+        """One model."""
+        self.answer(b'{"object": "list", "data": [{"id": "tiny", "object": "model", "created": 0, "owned_by": "us"}]}', "application/json", 0)
+
+    def do_POST(self):
+        """A stream that promises more than it gives."""
+        chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "tiny"}
+        pieces = [{**chunk, "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]} for word in ("The ", "cat ", "sat")]
+        self.answer("".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces).encode(), "text/event-stream", 1000)
+
+    def answer(self, body: bytes, kind: str, missing: int) -> None:
+        """Send the body, of which `missing` bytes never come."""
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) + missing))
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+
+def test_a_server_that_goes_away_in_mid_reply_is_told():
+    """What had come stays, and the reason stands behind it in one line."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dropping) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        *_, dropped = draw(Served(f"http://127.0.0.1:{server.server_port}"), CAT, GREEDY)
+        server.shutdown()
+    assert dropped.text == "The cat sat" and "the server went away in mid-reply" in dropped.problem and "\n" not in dropped.problem
+
+
 @pytest.mark.slow
 def test_a_served_checkpoint_beside_a_local_one(there, tmp_path):
-    """A real vLLM server: greedy replies equal the local ones; Ctrl-C and the server's end in mid-reply are told, and the chat goes on."""
+    """A real vLLM server: greedy replies equal the local ones; Ctrl-C in mid-reply and the server's end are told, and the chat goes on."""
     (port,) = free_ports(1)
     command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", f"{RUN}/final-checkpoint", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--generation-config", "vllm"]
@@ -426,11 +463,8 @@ def test_a_served_checkpoint_beside_a_local_one(there, tmp_path):
                 stop.set()
         assert reply.stopped and 20 < len(reply.text) < 2000 and not reply.problem  # a whole one has about 2,900; a busy machine joins pieces
 
-        for dropped in draw(served, CAT, replace(GREEDY, max_new_tokens=1800)):
-            if dropped.text and server.poll() is None:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait(30)
-        assert dropped.text and "the server went away in mid-reply" in dropped.problem and "\n" not in dropped.problem
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(30)
         chat = Chat([served, local], Scores(run), GREEDY, Console(file=io.StringIO()), {"title": "", "columns": {}, "seed": None, "notes": []})
         chat.turn("Where is the cat?")
         gone, still = chat.turns[0].replies

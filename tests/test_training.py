@@ -202,7 +202,8 @@ def test_real_reddit_rows_are_trained_on(workplace, launch):
         "--learning_rate", "4e-4", "--beta", "0.2", "--warmup_steps", "0", "--max_steps", "20", "--gradient_checkpointing", "false",
     )  # fmt: skip
     assert run.finish(1200) == 0, run.text()[-4000:]
-    lines = run.metrics()
+    *lines, held_out = run.metrics()
+    assert held_out["step"] == 20 and 0 < held_out["eval_rewards/rouge_reward/mean"] < 1, "evaluated at the end too"
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert mean(line["reward"] for line in lines[-5:]) - mean(line["reward"] for line in lines[:3]) >= 20
     assert mean(line["kl"] for line in lines[-5:]) <= 0.5
