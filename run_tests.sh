@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format and tests: bash run_tests.sh [--no-install] [pytest option …]; without a GPU all of it takes about an hour on two slow cores.
+# Lint, format and tests: bash run_tests.sh [--no-install] [pytest option …]; without a GPU all of it takes about 45 minutes on two cores.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case " $* " in *" --help "* | *" -h "*)
