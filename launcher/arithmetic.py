@@ -42,12 +42,11 @@ def batch(plan, facts: dict) -> None:
         return
     if generated % group:
         rounds = max(1, generated // (each * plan.ranks))
-        sizes = [size for size in range(1, each + group + 1) if size * plan.ranks * rounds % group == 0]
-        near = sorted(sorted(sizes, key=lambda size: abs(size - each))[:2])
+        near = _nearest(each, plan.ranks * rounds, group)
         groups = sorted(sorted((n for n in range(2, generated + 1) if generated % n == 0), key=lambda n: abs(n - group))[:2])
         plan.problems.append(
             f"per_device_train_batch_size: {each} completions × {plan.ranks} ranks × {rounds} = {generated}, no multiple of num_generations {group}. "
-            f"Nearest valid: per_device_train_batch_size {' or '.join(map(str, near))}, or num_generations {' or '.join(map(str, groups))}."
+            f"Nearest valid: per_device_train_batch_size {near}, or num_generations {' or '.join(map(str, groups))}."
         )
         return
     prompts = generated // group
@@ -74,14 +73,18 @@ def evaluation(plan, facts: dict) -> None:
     group, each = values["num_generations_eval"] or values["num_generations"], values["per_device_eval_batch_size"]
     batch = each * plan.ranks
     if batch % group:
-        near = [size for size in range(1, each + group + 1) if size * plan.ranks % group == 0]
-        near = sorted(sorted(near, key=lambda size: abs(size - each))[:2])
         field = "num_generations_eval" if values["num_generations_eval"] else "num_generations"
         plan.problems.append(
             f"per_device_eval_batch_size: {each} completions × {plan.ranks} ranks = {batch}, no multiple of {field} {group}. "
-            f"Nearest valid: {' or '.join(map(str, near))}."
+            f"Nearest valid: {_nearest(each, plan.ranks, group)}."
         )
     elif rows is not None:
         prompts = batch // group
         line = f"evaluation: {rows} prompts × {group} replies, {prompts} prompts at once = {-(-rows // prompts)} rounds"
         plan.lines.append(line + (f"; the last is filled up with {-rows % prompts} of the first prompts again" if rows % prompts else ""))
+
+
+def _nearest(each: int, times: int, group: int) -> str:
+    """The two batch sizes nearest to `each` that, `times` over, are a multiple of `group`."""
+    sizes = [size for size in range(1, each + group + 1) if size * times % group == 0]
+    return " or ".join(map(str, sorted(sorted(sizes, key=lambda size: abs(size - each))[:2])))

@@ -25,7 +25,7 @@ def load_rewards(recipe: Recipe, columns: list[str] | None = None, weights: list
         raise RecipeError("reward_funcs: give at least one, for example rewards.length.length_reward.")
     options = dict(recipe.reward_kwargs or {})
     rewards = [_bind(name, options, columns) for name in recipe.reward_funcs]
-    names = [reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else reward.__name__ for reward in rewards]
+    names = [metric_name(reward) for reward in rewards]
     for name in names:
         if names.count(name) > 1:
             raise RecipeError(f"reward_funcs: two rewards are called {name}; they would share one metric. Rename one of them.")
@@ -34,6 +34,11 @@ def load_rewards(recipe: Recipe, columns: list[str] | None = None, weights: list
     if weights is not None and len(weights) != len(rewards):
         raise RecipeError(f"reward_weights: {len(weights)} weights for {len(rewards)} rewards ({', '.join(names)}).")
     return rewards
+
+
+def metric_name(reward: Callable | str) -> str:
+    """What TRL calls a reward in its metrics: a function's name, or the last part of a reward model's id."""
+    return reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else reward.__name__
 
 
 def _bind(name: str, options: dict, columns: list[str] | None) -> Callable | str:

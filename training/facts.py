@@ -16,7 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl import GRPOConfig, ModelConfig
 
 from training import hub
-from training.bind import load_rewards
+from training.bind import load_rewards, metric_name
 from training.guards import limits
 from training.recipe import Recipe, RecipeError, RecipeParser, build, plain
 from training.rows import column_names, load_rows, longest_prompt
@@ -47,7 +47,7 @@ def gather(argv: list[str]) -> dict:
     except RecipeError as error:
         facts["problems"].append(str(error))
         return facts
-    facts["problems"] += best_metric(values, [reward if isinstance(reward, str) else reward.__name__ for reward in rewards])
+    facts["problems"] += best_metric(values, [metric_name(reward) for reward in rewards])
     for reward in rewards:
         try:
             if isinstance(reward, str):
@@ -99,7 +99,7 @@ def best_metric(values, rewards: list[str]) -> list[str]:
     wanted = values.metric_for_best_model
     if not wanted:
         return []
-    known = ["reward", "loss", *(f"rewards/{name.rstrip('/').split('/')[-1]}/mean" for name in rewards)]
+    known = ["reward", "loss", *(f"rewards/{name}/mean" for name in rewards)]
     if wanted.removeprefix("eval_") not in known:
         return [f"metric_for_best_model: {wanted}: no such figure is logged; there are: {', '.join('eval_' + name for name in known)}."]
     if values.eval_strategy == "no":
