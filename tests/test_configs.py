@@ -161,7 +161,7 @@ def test_the_reference_follows_and_the_best_checkpoint_is_kept(trained):
     run = trained(
         "tldr_ref_sync", "--dataset_name", "tldr", "--max_steps", "6", "--max_completion_length", "160", "--per_device_train_batch_size", "16",
         "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--ref_model_sync_steps", "3", "--ref_model_mixup_alpha", "1",
-        "--eval_steps", "2", "--eval_rows", "10", "--save_steps", "2", "--save_total_limit", "1", "--metric_for_best_model", "eval_rewards/rouge_reward/mean",
+        "--eval_steps", "2", "--eval_rows", "10", "--save_steps", "2", "--save_total_limit", "2", "--metric_for_best_model", "eval_rewards/rouge_reward/mean",
     )  # fmt: skip
     folder, lines = run.run_folder(), run.metrics()
     kl = {line["step"]: line["kl"] for line in lines if "kl" in line}
@@ -171,7 +171,8 @@ def test_the_reference_follows_and_the_best_checkpoint_is_kept(trained):
     assert [*figures] == [2, 4, 6]
     best = max(figures, key=figures.get)
     assert (folder / "best-checkpoint").resolve() == folder / f"checkpoint-{best}" and (folder / "best-checkpoint/model.safetensors").exists()
-    assert {int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")} == {best, 6}, "the best and the last"
+    there = {int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")}
+    assert len(there) == 2 and {best, 6} <= there, "the best and the last, of three"
     assert "evaluation: 10 prompts × 2 replies, 8 prompts at once = 2 rounds; the last is filled up with 6" in run.text()
     assert run.text().count("held out at step") == 3 and "rouge_reward +0." in run.text()
     kept = pandas.concat(map(pandas.read_parquet, (folder / "completions").glob("*.parquet")))
