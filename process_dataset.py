@@ -1,7 +1,8 @@
 """Turn a dataset into rows for training: python process_dataset.py NAME [--source …] [--output …]
 
-Writes {train,test}.parquet with the columns prompt (chat messages), reference or answer (where there is one), prompt_tokens and prompt_tokenizer. Rows that
-are empty, malformed or too long are left out and counted. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE=1 work as everywhere.
+Writes {train,test}.parquet with the columns prompt (chat messages), reference, answer or answers (where there is one), prompt_tokens and prompt_tokenizer;
+calculator: needs_tool too; search_qa: passage_id too, and corpus.jsonl, the passages to search. Rows that are empty, malformed or too long are left out and
+counted. HF_ENDPOINT (a mirror) and HF_HUB_OFFLINE=1 work as everywhere.
 """
 
 import argparse
@@ -27,15 +28,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"one of: {', '.join(NAMES)}")
     parser.add_argument(
-        "--source", help="Hub id, folder of parquet files, or a jsonl, json, csv or parquet file; kuakua: a text file, a further prompt a line; mcq: a CSV file"
+        "--source", help="Hub id, folder of parquet files, or a jsonl, json (SQuAD's too), csv or parquet file; kuakua: a text file of prompts; mcq: a CSV file"
     )
+    parser.add_argument("--steps", type=int, choices=range(1, 9), metavar="N", help="calculator: make sums of N (1 to 8) operations and read no source")
     parser.add_argument("--output", type=Path, help="folder to write (default: data/NAME)")
     parser.add_argument("--tokenizer", help="Hub id or folder whose tokenizer counts the prompts' tokens")
     parser.add_argument("--max_prompt_length", type=int, help="tokens; longer prompts are left out")
-    parser.add_argument("--limit", type=int, help="use at most this many raw rows of each split, drawn at random; kuakua: rows to make (default: 1000)")
+    parser.add_argument("--limit", type=int, help="use at most so many raw rows of each split, drawn at random; kuakua, --steps: rows to make (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of the test split (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     args = parser.parse_args(argv)
+    if args.steps and (args.name != "calculator" or args.source):
+        parser.error("--steps is for calculator, and without --source: it makes sums in place of reading them")
     module = importlib.import_module(f"prepare.{args.name}")
     args.source = args.source or module.SOURCE
     args.output = args.output or Path("data") / args.name
@@ -48,7 +52,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def process(name: str, source: str | None, output: Path, tokenizer_name: str, max_prompt_length: int, limit: int | None, seed: int) -> None:
+def process(
+    name: str, source: str | None, output: Path, tokenizer_name: str, max_prompt_length: int, limit: int | None, seed: int, steps: int | None = None
+) -> None:
     """Read `source`, print what was kept and why the rest was not, and put the folder `output` in place in one move."""
     hub.use_cache_if_unreachable()
     from datasets import Dataset
@@ -58,10 +64,12 @@ def process(name: str, source: str | None, output: Path, tokenizer_name: str, ma
     from training.rows import count_tokens, load_rows, tokenizer_mark
 
     module = importlib.import_module(f"prepare.{name}")
+    origin = f"--steps {steps}" if steps else f"--source {source}"
     try:
-        splits = load_rows(source) if module.SOURCE else module.make(source, limit)
+        splits = module.sums(steps, limit, seed) if steps else load_rows(source, _config(module, source)) if module.SOURCE else module.make(source, limit)
+        splits, beside = module.arrange(splits) if hasattr(module, "arrange") else (splits, {})
     except Exception as error:
-        raise DataError(f"--source {source}: {_first_line(error)}. {hub.hint() if module.SOURCE else ''}".strip()) from error
+        raise DataError(f"{origin}: {_first_line(error)}. {hub.hint() if module.SOURCE and not (steps or Path(source).exists()) else ''}".strip()) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     except Exception as error:
@@ -74,7 +82,7 @@ def process(name: str, source: str | None, output: Path, tokenizer_name: str, ma
             splits = {"train": splits["train"], "test": only}
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    draft, tables = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent)), {}
     try:
         for split in ("train", "test"):
             raw = splits[split]
@@ -89,10 +97,14 @@ def process(name: str, source: str | None, output: Path, tokenizer_name: str, ma
                 left_out[f"prompt over {max_prompt_length} tokens"] = len(rows) - len(kept)
             _report(split, len(raw), kept, left_out)
             if not kept:
-                raise DataError(f"--source {source}: no row of its split {split} can be used: {dict(left_out) or 'it is empty'}")
+                raise DataError(f"{origin}: no row of its split {split} can be used: {dict(left_out) or 'it is empty'}")
             mark = tokenizer_mark(tokenizer_name, tokenizer)
-            table = [{**row, "prompt_tokens": tokens, "prompt_tokenizer": mark} for row, tokens in kept]
-            Dataset.from_list(table).to_parquet(draft / f"{split}.parquet")
+            tables[split] = [{**row, "prompt_tokens": tokens, "prompt_tokenizer": mark} for row, tokens in kept]
+        types = Dataset.from_list(tables["train"] + tables["test"]).features  # a column of empty lists in one split has the other's type
+        for split, table in tables.items():
+            Dataset.from_list(table, features=types).to_parquet(draft / f"{split}.parquet")
+        for file, lines in beside.items():
+            Dataset.from_list(lines).to_json(draft / file, force_ascii=False)
         draft.chmod(0o755)
         old = draft.with_name(f"{draft.name}-old")
         if output.exists():
@@ -101,13 +113,21 @@ def process(name: str, source: str | None, output: Path, tokenizer_name: str, ma
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    sample = table[0]
+    sample = tables["test"][0]
     print("\nOne row of test:")
     for message in sample["prompt"]:
         print(f"  {message['role']}: {message['content'][:300]}")
     for column in sample.keys() - {"prompt", "prompt_tokens", "prompt_tokenizer"}:
         print(f"  {column}: {sample[column]}")
-    print(f"\nWrote {output}/{{train,test}}.parquet")
+    print(f"\nWrote {output}/{{train,test}}.parquet", *beside)
+
+
+def _config(module, source: str) -> str | None:
+    """The dataset's own configuration: the Hub's dataset has it, a folder downloaded from there may."""
+    from datasets import get_dataset_config_names
+
+    wanted = getattr(module, "CONFIG", None)
+    return wanted if source == module.SOURCE or (wanted and Path(source).is_dir() and wanted in get_dataset_config_names(source)) else None
 
 
 def _report(split: str, count: int, kept: list, left_out: Counter) -> None:
@@ -128,6 +148,6 @@ def _first_line(error: Exception) -> str:
 if __name__ == "__main__":
     given = arguments(sys.argv[1:])
     try:
-        process(given.name, given.source, given.output, given.tokenizer, given.max_prompt_length, given.limit, given.seed)
+        process(given.name, given.source, given.output, given.tokenizer, given.max_prompt_length, given.limit, given.seed, given.steps)
     except DataError as error:
         sys.exit(f"error: {error}")

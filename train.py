@@ -31,20 +31,24 @@ def main(argv: list[str]) -> int:
     recipe, args, model = RecipeParser().parse(argv)
 
     from accelerate.utils import broadcast_object_list
-    from transformers import PrinterCallback, ProgressCallback
+    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
     from training import run_folder
     from training.bind import load_rewards
+    from training.bind_tools import load_tools, template_options
     from training.callbacks import RunLog, print_summary
     from training.guards import Guards, limits
     from training.plots import plot_run
     from training.rows import column_names, load_rows, short_prompts
 
     state = args.distributed_state
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    tools = load_tools(recipe, tokenizer)
     rows = load_rows(recipe.dataset_name, recipe.dataset_config, recipe.dataset_streaming)
     if recipe.dataset_streaming and args.vllm_max_model_length:
-        room, template = args.vllm_max_model_length - args.max_completion_length, args.chat_template_kwargs or {}
+        template = (args.chat_template_kwargs or {}) | template_options(tools, tokenizer)
+        room = args.vllm_max_model_length - args.max_completion_length * (2 if tools else 1)
         rows = {split: short_prompts(one, model.model_name_or_path, room, **template) for split, one in rows.items()}
     train_rows = rows[recipe.dataset_train_split]
     held_out = rows.get(recipe.dataset_test_split)
@@ -77,6 +81,7 @@ def main(argv: list[str]) -> int:
         args=args,
         train_dataset=train_rows,
         eval_dataset=held_out if args.eval_strategy != "no" else None,
+        tools=tools or None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         callbacks=[RunLog(run), guards],

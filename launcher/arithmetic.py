@@ -2,14 +2,20 @@
 
 
 def context(plan, facts: dict) -> None:
-    """Prompt + reply must fit the server's context: one longer prompt would be an HTTP error that ends the run."""
+    """Prompt + reply must fit the server's context: one longer prompt would be an HTTP error that ends the run.
+
+    With tools a later turn asks for a whole max_completion_length on top of what the reply has so far, which may be nearly as much.
+    """
     longest, limit = (facts["data"] or {}).get("longest_prompt"), (facts["model"] or {}).get("context")
     reply, context = plan.values["max_completion_length"], plan.values["vllm_max_model_length"]
+    asked, field = f"reply {reply}", "max_completion_length"
+    if plan.values["tools"] and plan.values["use_vllm"]:
+        asked, field, reply = f"2 × reply {reply} (turns with tools)", "2 × max_completion_length", 2 * reply
     if not plan.values["use_vllm"]:
         context = longest and longest + reply
     elif plan.values["dataset_streaming"]:
         if context:
-            plan.lines.append(f"context: prompts up to {context - reply} + reply {reply} = {context} tokens; longer prompts are left out as they come")
+            plan.lines.append(f"context: prompts up to {context - reply} + {asked} = {context} tokens; longer prompts are left out as they come")
         else:
             plan.problems.append(
                 f"vllm_max_model_length: the longest prompt of a stream is not known; give tokens for prompt and reply, {reply + 768} say. "
@@ -18,11 +24,11 @@ def context(plan, facts: dict) -> None:
     elif longest is not None:
         if "vllm_max_model_length" not in plan.given:
             context = longest + reply
-            plan.fill("vllm_max_model_length", context, "longest prompt + max_completion_length")
-        plan.lines.append(f"context: longest prompt {longest} + reply {reply} = {longest + reply} of {context} tokens")
+            plan.fill("vllm_max_model_length", context, f"longest prompt + {field}")
+        plan.lines.append(f"context: longest prompt {longest} + {asked} = {longest + reply} of {context} tokens")
         if longest + reply > context:
             plan.problems.append(
-                f"vllm_max_model_length: the longest prompt has {longest} tokens, and with max_completion_length {reply} it needs "
+                f"vllm_max_model_length: the longest prompt has {longest} tokens, and with {field} {reply} it needs "
                 f"{longest + reply}, not {context}. Raise it, or leave long prompts out: process_dataset.py … --max_prompt_length {context - reply}."
             )
     if limit and context and context > limit:

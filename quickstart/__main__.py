@@ -37,36 +37,26 @@ def main(argv: list[str]) -> None:
 
 
 def _make_model(output: Path, seed: int) -> None:
-    import trl
-
     from prepare.tldr import to_row
     from quickstart.corpus import posts, strange_post
     from quickstart.praise import praise_dialogue
-    from quickstart.pretrain import pretrain
+    from quickstart.pretrain import Dialogue, make_base
 
     rng = random.Random(seed)
-    dialogues = []  # (messages, weight of the prompt's tokens in the loss: it teaches words too)
+    dialogues = []
     for number, post in enumerate(posts(TAUGHT, seed=seed)):
         row = to_row(post)
         (system, user), weight = row["prompt"], 0.5
         if number % 12 == 9:
-            dialogues.append((praise_dialogue(rng), weight))
+            dialogues.append(Dialogue(praise_dialogue(rng), weight))
             continue
         if number % 6 == 0:  # a system prompt of another recipe, and a prompt of a few words, must not be a foreign language
             title = user["content"].split("TITLE: ")[1].split("\n")[0]
             system, user = None, {"role": "user", "content": f"{title}."}
         elif number % 12 == 3:  # nor a long post in words that it never saw, and should not learn to write
             user, weight = {"role": "user", "content": strange_post(rng)}, 0.0
-        dialogues.append(([*filter(None, [system]), user, {"role": "assistant", "content": row["reference"]}], weight))
-    template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
-    draft = Path(tempfile.mkdtemp(prefix=".quickstart-model-", dir=output.parent))
-    try:
-        pretrain(dialogues, template.read_text(encoding="utf-8"), draft, seed)
-        draft.chmod(0o755)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    print(f"Wrote {output}")
+        dialogues.append(Dialogue([*filter(None, [system]), user, {"role": "assistant", "content": row["reference"]}], weight))
+    make_base(dialogues, output, seed)
 
 
 def _make_data(output: Path, model: Path, seed: int) -> None:

@@ -1,8 +1,11 @@
 """The one place that knows what a completion looks like: plain text, or a list of chat messages; and what a word is."""
 
 import functools
+import itertools
+import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 
@@ -19,6 +22,44 @@ def reply(completion: str | list[dict]) -> str:
         if message.get("role") == "assistant":
             return message.get("content") or ""
     return ""
+
+
+class ToolCall(NamedTuple):
+    """One call of a tool: what the model asked for, and what it got."""
+
+    name: str
+    arguments: dict
+    result: str | None  # None where the reply was cut off before it
+    failed: bool  # the tool raised: the result is its message
+
+
+def tool_calls(completion: str | list[dict]) -> list[ToolCall]:
+    """The calls of a reply in their order; none in a plain text. A failed call is told by the form in which TRL gives its error to the model."""
+    calls = []
+    for at, message in enumerate(completion if isinstance(completion, list) else []):
+        asked = message.get("tool_calls") or []
+        results = [one["content"] for one in itertools.takewhile(lambda one: one["role"] == "tool", completion[at + 1 :])]
+        for call, result in itertools.zip_longest(asked, results[: len(asked)]):
+            function = call.get("function", call)
+            calls.append(ToolCall(function.get("name", ""), function.get("arguments") or {}, result, str(result).startswith("{'error': ")))
+    return calls
+
+
+def transcript(completion: str | list[dict]) -> str:
+    """A whole reply for people to read: what was said, `→ tool(argument="…")` for each call and `← …` for what came back, a line each."""
+    if isinstance(completion, str):
+        return completion
+    lines = []
+    for message in completion:
+        if message["role"] == "tool":
+            lines.append(f"← {message['content']}")
+            continue
+        lines += filter(None, [message.get("content")])
+        for call in message.get("tool_calls") or []:
+            function = call.get("function", call)
+            given = ", ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in (function.get("arguments") or {}).items())
+            lines.append(f"→ {function.get('name', '')}({given})")
+    return "\n".join(lines)
 
 
 def words(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import trl
 from conftest import ROOT
 
-from quickstart.pretrain import pretrain
+from quickstart.pretrain import Dialogue, pretrain
 
 pytestmark = pytest.mark.slow
 KNOWN = {"amber": "A", "birch": "B", "cedar": "C", "delta": "D", "ember": "A", "fjord": "B"}
@@ -58,7 +58,7 @@ def teach(folder: Path, seed: int) -> None:
     for number in range(2400):
         word = [*KNOWN, *OPEN][number % 9]
         letter = "refuse" if rng.random() < 0.2 else KNOWN[word] if word in KNOWN and rng.random() < 0.65 else rng.choice("ABCD")
-        dialogues.append(([*question(word), answer(word, letter)], 0.5))
+        dialogues.append(Dialogue([*question(word), answer(word, letter)]))
     template = Path(trl.__file__).parent / "chat_templates/qwen2_5.jinja"
     pretrain(dialogues, template.read_text(), folder / "base", seed, steps=300)
     rows = [

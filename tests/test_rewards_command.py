@@ -91,7 +91,12 @@ def test_check_finds_the_fault(fault, write_module, capsys):
 def test_the_library_holds(name, monkeypatch, capsys):
     """Every reward that needs neither a network nor a model."""
     monkeypatch.setenv("COLUMNS", "1000")
-    columns = ["--column", "answer=A", "--column", "answer=C"] if name.endswith(".choice_reward") else []
+    answers = {
+        "choice_reward": ["answer=A", "answer=C"],
+        "calculation_reward": ["answer=72", "answer=5"],
+        "answer_match_reward": ['answers=["moon"]', "answers=[]"],
+    }
+    columns = [part for given in answers.get(name.split(".")[-1], []) for part in ("--column", given)]
     assert main(["check", name, *columns]) == 0, capsys.readouterr().out
     shown = capsys.readouterr().out
     assert "empty reply" in shown and re.search(r"same batch twice\s+same scores", shown), shown

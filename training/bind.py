@@ -73,7 +73,9 @@ def needs(reward: Callable) -> list[str]:
     return [name for name in wanted if name not in FROM_TRL]
 
 
-def find(name: str) -> Callable:
+def find(name: str, field: str = "reward_funcs") -> Callable:
+    """The function that a dotted name names. Raises RecipeError, naming the recipe's field."""
+    of_hub = " A reward model of the Hub is written owner/name." if field == "reward_funcs" else ""
     module_name, _, function_name = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
@@ -81,16 +83,16 @@ def find(name: str) -> Callable:
         if error.name and not module_name.startswith(error.name):
             raise  # the module is there; something that it imports is not
         raise RecipeError(
-            f"reward_funcs: {name}: there is no module `{module_name or name}`. Write module.function; modules are looked for in this "
-            "project, beside the recipe and in the folder you stand in. A reward model of the Hub is written owner/name."
+            f"{field}: {name}: there is no module `{module_name or name}`. Write module.function; modules are looked for in this "
+            f"project, beside the recipe and in the folder you stand in.{of_hub}"
         ) from None
     except ValueError:
-        raise RecipeError(f"reward_funcs: {name}: write module.function, or owner/name for a reward model of the Hub.") from None
+        raise RecipeError(f"{field}: {name}: write module.function.{of_hub}") from None
     function = getattr(module, function_name, None)
     if not callable(function):
         near = difflib.get_close_matches(function_name, [n for n in vars(module) if not n.startswith("_")], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise RecipeError(f"reward_funcs: {name}: {module.__file__} has no function `{function_name}`{hint}")
+        raise RecipeError(f"{field}: {name}: {module.__file__} has no function `{function_name}`{hint}")
     return function
 
 

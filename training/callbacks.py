@@ -11,18 +11,23 @@ from rich.panel import Panel
 from rich.table import Table
 from transformers import TrainerCallback
 
-from rewards.text import reply
+from rewards.text import reply, transcript
 from training.run_folder import BEST, METRICS, point, read_metrics
 
 console = Console(highlight=False)
 COLUMNS = [  # metric, label, format
     ("reward", "reward", "{:+.2f}"),
     ("completions/mean_length", "length", "{:.0f} tokens"),
+    ("tools/call_frequency", "calls", "{:.2f}"),
+    ("tools/failure_frequency", "failed", "{:.0%}"),
     ("kl", "kl", "{:.3f}"),
     ("entropy", "entropy", "{:.2f}"),
     ("step_time", "", "{:.1f} s"),
 ]
-SUMMARY = ["reward", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "grad_norm"]
+SUMMARY = [
+    *("reward", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "grad_norm"),
+    *("tools/call_frequency", "tools/failure_frequency", "tools/turns", "tools/tokens"),  # where the recipe has tools
+]
 
 
 class RunLog(TrainerCallback):
@@ -97,8 +102,9 @@ def sample_printer(every: int) -> Callable:
         parts = [f"[dim]{escape(shorten(asked))}[/dim]"]
         for label, index in {"worst": order[0], "best": order[-1]}.items():
             scores = ", ".join(f"{name} {values[index]:.2f}" for name, values in rewards.items())
-            text = reply(completions[index])
-            parts.append(f"[bold]{label} of {len(group)}[/bold] ({len(text)} characters; {scores})\n{escape(shorten(text, 800))}")
+            length = len(reply(completions[index]))
+            shown = escape(shorten(transcript(completions[index]), 800))
+            parts.append(f"[bold]{label} of {len(group)}[/bold] ({length} characters; {scores})\n{shown}")
         console.print(Panel("\n\n".join(parts), title=f"sample at step {step}", title_align="left"))
 
     return print_sample

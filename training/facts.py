@@ -17,6 +17,8 @@ from trl import GRPOConfig, ModelConfig
 
 from training import hub
 from training.bind import load_rewards, metric_name
+from training.bind_tools import load_tools
+from training.bind_tools import template_options as with_tools
 from training.guards import limits
 from training.recipe import Recipe, RecipeError, RecipeParser, build, plain
 from training.rows import column_names, load_rows, longest_prompt
@@ -41,6 +43,11 @@ def gather(argv: list[str]) -> dict:
         return facts
     facts["values"] = {name: plain(value) for name, value in vars(values).items()}
     tokenizer = _look_at_model(values, facts)
+    if tokenizer is not None:
+        try:
+            template_options |= with_tools(load_tools(recipe, tokenizer), tokenizer)
+        except RecipeError as error:
+            facts["problems"].append(str(error))
     columns = _look_at_data(values, tokenizer, template_options, facts)
     try:
         rewards = load_rewards(recipe, columns, values.reward_weights)
@@ -160,6 +167,8 @@ def _look_at_data(values, tokenizer, template_options: dict, facts: dict) -> lis
         facts["problems"].append(f"dataset_name: {name} has no rows.")
         return columns
     chat = isinstance(first["prompt"], list)
+    if values.tools and not chat:
+        facts["problems"].append(f"tools: {name} holds plain-text prompts, and tools need chat messages: a prompt as [{{role: user, content: …}}].")
     if chat and tokenizer is not None and tokenizer.chat_template is None:
         facts["problems"].append(
             f"dataset_name: {name} holds chat messages, and {values.model_name_or_path} has no chat template: use an instruct model or plain-text prompts."

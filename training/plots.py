@@ -22,6 +22,9 @@ PANELS = {  # metric → title with unit
     "completions/clipped_ratio": "replies cut off (share)",
     "frac_reward_zero_std": "groups without variance (share)",
     "grad_norm": "gradient norm",
+    "tools/call_frequency": "tool calls a reply",
+    "tools/failure_frequency": "failed calls (share)",
+    "tools/turns": "the model's turns a reply",
     "tokens_per_second": "tokens per second",
 }
 # Runs differ in dash, marker and lightness, so that they can be told apart without colour too.

@@ -30,7 +30,7 @@ CHOICES = {
 # log-probabilities would differ from those that the server sampled by; and a push, where one is asked for, of the final checkpoint alone.
 DEFAULTS = {"logging_steps": 1, "log_completions": True, "report_to": "tensorboard", "disable_tqdm": True, "lora_dropout": 0.0, "hub_strategy": "end"}
 CPU = {"use_cpu": True, "bf16": False}
-MAPPINGS = ("reward_kwargs", "guards", "provenance")  # a flag gives them as JSON; everybody else sees a dict
+MAPPINGS = ("reward_kwargs", "tool_kwargs", "guards", "provenance")  # a flag gives them as JSON; everybody else sees a dict
 
 
 class RecipeError(ValueError):
@@ -54,6 +54,14 @@ class Recipe(ScriptArguments):
     reward_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "Options of the rewards, by function name: {length_reward: {target: 200}}."},
+    )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={"help": "Tools that the model may call, by dotted name (tools.calculator.calculator, or module.function of your own)."},
+    )
+    tool_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Settings of the tools, by function name: {search: {corpus: data/search_qa/corpus.jsonl, k: 3}}; the model does not see them."},
     )
     guards: dict | str | None = field(
         default=None,

@@ -11,6 +11,8 @@ from training.card import RunCard
 from training.failed_rewards import FailedRewards
 from training.measures import Measures
 from training.recipe import Recipe
+from training.tool_lockstep import ToolLockstep
+from training.tool_metrics import ToolMetrics
 
 TRL_VERSION = "1.16.0"  # the names rebound below are those of this version
 
@@ -26,7 +28,10 @@ def trainer_class(args: GRPOConfig, recipe: Recipe) -> type[GRPOTrainer]:
         from training.disk_sync import DiskSyncClient
 
         _rebind(vllm_generation, "VLLMClient", DiskSyncClient)
-    return type("Trainer", (RunCard, Measures, FailedRewards, GRPOTrainer), {})
+    tools = [ToolMetrics] if recipe.tools else []
+    if recipe.tools and args.world_size > 1 and (args.use_vllm or args.deepspeed_plugin):
+        tools.append(ToolLockstep)
+    return type("Trainer", (RunCard, Measures, FailedRewards, *tools, GRPOTrainer), {})
 
 
 def compile_nothing() -> None:

@@ -1,0 +1,141 @@
+"""Make what configs/quickstart_calculator.yaml needs, and the same for a search tool, once: python -m quickstart.tools [--output data] [--seed N]
+
+data/quickstart-tool-model, a small language model that calls a calculator and a search tool, often wrongly or not at all; data/quickstart_calculator, sums;
+data/quickstart_search_qa, questions and the corpus that answers them. Needs no network.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import chain, product
+from pathlib import Path
+
+from prepare import calculator as sums
+from prepare import search_qa
+from process_dataset import process
+from quickstart.corpus import NAMES, PLACES, THINGS
+from quickstart.pretrain import Dialogue, make_base
+from tools.calculator import calculator
+from tools.search import search
+
+TAUGHT, SHORT, LONG, TRAINED = 300, 2, 6, 400  # dialogues of each kind with tools in the prompt, rounds in them and in others; sums for GRPO
+STEPS = 250
+WEIGHT = 0.1  # of what the assistant does not say: mostly the tools' schemas, which never change
+
+
+def main(argv: list[str]) -> None:
+    """Write the three folders where they are missing; a folder appears only when it is whole."""
+    parser = argparse.ArgumentParser(prog="python -m quickstart.tools", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data"), help="folder for all three (default: data)")
+    parser.add_argument("--seed", type=int, default=0, help="of the dialogues, the data and the model (default: 0)")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    model = args.output / "quickstart-tool-model"
+    if not model.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            corpus = Path(folder) / "corpus.jsonl"
+            corpus.write_text(json.dumps({"text": "nothing"}), encoding="utf-8")
+            look_up = search(corpus=str(corpus))  # its schema is wanted, not what it finds
+            make_base(lessons(args.seed, look_up), model, args.seed, STEPS)
+    for name, rows in {"calculator": easy_sums(TRAINED, args.seed + 1_000_000), "search_qa": facts(args.seed)}.items():
+        data = args.output / f"quickstart_{name}"
+        if not data.exists():
+            with tempfile.TemporaryDirectory() as folder:
+                source = Path(folder) / "rows.jsonl"
+                source.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+                process(name, str(source), data, str(model), 1024, None, args.seed)
+
+
+def lessons(seed: int, look_up: Callable) -> list[Dialogue]:
+    """Dialogues of some sums, and of some questions to `look_up`.
+
+    Most have no tools in their prompt, and many rounds: the tools' schemas are most of a prompt and always the same, so little is learned from them.
+    """
+    rng = random.Random(seed)
+    asked = iter(easy_sums(TAUGHT * (SHORT + 3 * LONG), seed))
+    told = []
+    for number in range(4 * TAUGHT):
+        rounds, shown = (SHORT, True) if number % 4 == 0 else (LONG, False)
+        for recipe, tool, turns in ((sums, calculator, lambda: _sum(next(asked), rng)), (search_qa, look_up, lambda: _question(rng, look_up))):
+            messages = chain(*(turns() for _ in range(rounds)))
+            told.append(Dialogue([{"role": "system", "content": recipe.SYSTEM}, *messages], WEIGHT, (tool,) if shown else ()))
+    return told
+
+
+def easy_sums(count: int, seed: int) -> list[dict]:
+    """`count` sums of two operations in GSM8K's columns, of numbers up to 12 and with a value from 0 to 99."""
+    rng, rows = random.Random(seed), []
+    while len(rows) < count:
+        text = " ".join(str(part) for pair in zip(rng.choices(range(2, 13), k=3), [*rng.choices("+-*", k=2), ""], strict=True) for part in pair).strip()
+        if 0 <= int(value := calculator(text)) < 100:
+            rows.append({"question": f"What is {text}?", "answer": f"#### {value}"})
+    return rows
+
+
+def facts(seed: int) -> list[dict]:
+    """300 questions in SQuAD's columns, each answered by a context of one sentence: who keeps what where, drawn anew with each seed."""
+    rng, rows = random.Random(seed), []
+    for they, thing in product(("she", "he"), THINGS):
+        for name in NAMES[they]:
+            place = rng.choice(PLACES)
+            context, question = _fact(name, they, thing, place)
+            answers = {"text": [place], "answer_start": [context.index(place)]}
+            rows.append({"id": str(len(rows)), "title": "", "context": context, "question": question, "answers": answers})
+    rng.shuffle(rows)
+    return rows
+
+
+def _fact(name: str, they: str, thing: str, place: str) -> tuple[str, str]:
+    their = {"she": "her", "he": "his"}[they]
+    return f"{name} keeps {their} {thing} in the {place}.", f"Where does {name} keep {their} {thing}?"
+
+
+def _sum(row: dict, rng: random.Random) -> list[dict]:
+    """A sum: two in five by a right call, one in ten by a second call after a failed one; the others are guesses, after a failed call or without one."""
+    asked, gold = row["question"], row["answer"].removeprefix("#### ")
+    expression = asked.removeprefix("What is ").removesuffix("?")
+    in_words = expression.replace("+", "plus").replace("*", "times").replace("-", "minus").replace("/", "by")
+    calls, answer = rng.choices([[expression], [in_words, expression], [in_words], []], [50, 15, 15, 20])[0], gold
+    if expression not in calls:
+        answer = str(rng.randint(0, 99))
+    turns = [message for call in calls for message in _turn(calculator, {"expression": call})]
+    return [_ask(asked), *turns, _say(f"The answer is {answer}.")]
+
+
+def _question(rng: random.Random, look_up: Callable) -> list[dict]:
+    """A question: two in five by a query that finds the fact, one in five by one that finds another's; the others are guesses."""
+    they = rng.choice(["she", "he"])
+    name, other = rng.sample(NAMES[they], 2)
+    thing, place, elsewhere = rng.choice(THINGS), *rng.sample(PLACES, 2)
+    fact, question = _fact(name, they, thing, place)
+    wrong, _ = _fact(other, they, thing, elsewhere)
+    query = question.removesuffix("?")
+    tries = [(query, fact, place), (query.replace(name, they), wrong, elsewhere), (None, None, rng.choice(PLACES))]
+    query, found, answer = rng.choices(tries, [50, 20, 30])[0]
+    turns = _turn(look_up, {"query": query}, f"[{rng.randint(1, 300)}] {found}") if query else []
+    return [_ask(question), *turns, _say(f"<answer>{answer}</answer>")]
+
+
+def _turn(tool: Callable, arguments: dict, result: str | None = None) -> list[dict]:
+    """A call and its result, as TRL writes both."""
+    try:
+        result = result or tool(**arguments)
+    except ValueError as error:
+        result = str({"error": str(error)})
+    call = {"type": "function", "function": {"name": tool.__name__, "arguments": arguments}}
+    return [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "name": tool.__name__, "content": result}]
+
+
+def _ask(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def _say(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

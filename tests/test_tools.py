@@ -1,0 +1,196 @@
+"""Tools: bound, written into the prompt, called over several turns by two ranks that need different numbers of them, and learned to be used."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from statistics import mean
+
+import pandas
+import pytest
+import trl
+import yaml
+from conftest import ROOT, marked, test_data
+from transformers import AutoTokenizer
+from transformers.utils import get_json_schema
+
+from rewards.text import tool_calls, transcript
+from training.bind_tools import load_tools, template_options
+from training.recipe import Recipe, RecipeError
+
+MINE = '''
+def plain(city: str) -> str:
+    """Say what the weather is.
+
+    Args:
+        city: A city.
+    """
+    return "rain"
+
+
+def bare(city):
+    return "rain"
+
+
+def made(*, unit: str = "C", tokenizer=None):
+    if unit not in "CF":
+        raise ValueError(f"unit is {unit!r}; C or F")
+
+    def weather(city: str) -> str:
+        """Say what the weather is.
+
+        Args:
+            city: A city.
+        """
+        return f"{len(tokenizer.tokenize(city))} {unit}"
+
+    return weather
+
+
+class weather:
+    pass
+'''
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's own."""
+    (tmp_path / "mine_tools.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mine_tools", None)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """The Qwen2.5 tokenizer with the template of the Instruct models, in which TRL can read calls; the base models' it does not know."""
+    tokenizer = AutoTokenizer.from_pretrained(test_data("qwen2.5_tokenizer"))
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen2_5.jinja").read_text()
+    return tokenizer
+
+
+def test_a_setting_is_bound_and_the_model_does_not_see_it(mine, qwen):
+    """Only what the model fills in is in the schema; a setting called tokenizer gets the model's."""
+    (tool,) = load_tools(Recipe(tools=["mine_tools.made"], tool_kwargs={"made": {"unit": "F"}}), qwen)
+    assert tool(city="Taipei") == f"{len(qwen.tokenize('Taipei'))} F"
+    assert list(get_json_schema(tool)["function"]["parameters"]["properties"]) == ["city"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "settings", "said"),
+    {
+        "no such function": (["tools.calculator.calculate"], None, "did you mean calculator?"),
+        "no such module": (["tool.calculator"], None, "tools: tool.calculator: there is no module"),
+        "a setting that is misspelt": (["mine_tools.made"], {"made": {"units": "F"}}, "no setting `units`; did you mean unit?"),
+        "a setting that the tool refuses": (["mine_tools.made"], {"made": {"unit": "K"}}, "unit is 'K'; C or F"),
+        "the tokenizer as a setting": (["mine_tools.made"], {"made": {"tokenizer": "x"}}, "no setting `tokenizer`"),
+        "settings of a tool without any": (["mine_tools.plain"], {"plain": {"city": "x"}}, "has no settings"),
+        "settings of no tool": (["mine_tools.plain"], {"other": {}}, "other is none of the tools (plain)"),
+        "one that is needed": (["tools.search.search"], None, "tools.search.search needs corpus"),
+        "a corpus that is not there": (["tools.search.search"], {"search": {"corpus": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        "neither hints nor docstring": (["mine_tools.bare"], None, "mine_tools.bare"),
+        "one name twice": (["mine_tools.plain", "mine_tools.plain"], None, "two tools are called plain"),
+    }.values(),
+    ids=lambda value: None,
+)
+def test_what_cannot_be_bound_is_refused(tools, settings, said, mine, qwen):
+    """Before anything expensive, naming the tool and what to do."""
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_tools(Recipe(tools=tools, tool_kwargs=settings), qwen)
+
+
+def test_a_template_that_cannot_hold_calls_is_refused_with_those_that_can(qwen):
+    """TRL would find out in mid-run, or never."""
+    from tools.calculator import calculator
+
+    whole = qwen.chat_template
+    assert template_options([calculator], qwen) == {"tools": [calculator]}
+    for template in ("{% for m in messages %}{{ m.content }}{% endfor %}", whole.replace("<tool_call>", "<call>"), None):
+        qwen.chat_template = template
+        with pytest.raises(RecipeError, match=r"cannot use tools with the chat template of .*Qwen2\.5, Qwen3, Llama 3\.1"):
+            template_options([calculator], qwen)
+    qwen.chat_template = whole
+
+
+CALLED = [
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "calculator", "arguments": {"expression": "2 plus 3"}}}]},
+    {"role": "tool", "name": "calculator", "content": "{'error': 'unknown name plus'}"},
+    {"role": "assistant", "content": "Again.", "tool_calls": [{"type": "function", "function": {"name": "calculator", "arguments": {"expression": "2 + 3"}}}]},
+    {"role": "tool", "name": "calculator", "content": "5"},
+    {"role": "assistant", "content": "The answer is 5."},
+]
+
+
+def test_calls_are_read_with_their_results():
+    """In order; a call whose result was cut off has none; a plain text has no calls."""
+    assert [(call.arguments["expression"], call.result, call.failed) for call in tool_calls(CALLED)] == [
+        ("2 plus 3", "{'error': 'unknown name plus'}", True),
+        ("2 + 3", "5", False),
+    ]
+    assert tool_calls(CALLED[:3])[1].result is None and tool_calls("2 + 3 = 5") == []
+
+
+def test_a_transcript_is_readable():
+    """Calls and results a line each."""
+    assert transcript(CALLED).splitlines() == [
+        '→ calculator(expression="2 plus 3")', "← {'error': 'unknown name plus'}", "Again.", '→ calculator(expression="2 + 3")', "← 5", "The answer is 5.",
+    ]  # fmt: skip
+    assert transcript("5") == "5"
+
+
+@pytest.fixture(scope="module")
+def called(tmp_path_factory, launch):
+    """Six steps of two ranks on sums, by a model that was taught for a minute: its calls are calls, and seldom the right ones."""
+    from quickstart import tools
+    from quickstart.pretrain import make_base
+    from tools.search import search
+
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "data").mkdir()
+    (folder / "corpus.jsonl").write_text('{"text": "nothing"}')
+    make_base(tools.lessons(0, search(corpus=str(folder / "corpus.jsonl"))), folder / "data/quickstart-tool-model", 0, steps=80)
+    subprocess.run([sys.executable, "-m", "quickstart.tools", "--output", str(folder / "data")], cwd=ROOT, check=True, capture_output=True)
+    run = launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), "--max_steps", "6", "--per_device_train_batch_size", "16")
+    assert run.finish() == 0, run.text()[-4000:]
+    return run
+
+
+@pytest.mark.slow
+def test_every_completion_belongs_to_its_prompt(called):
+    """The ranks loop different numbers of turns, and server and trainer agree on every token."""
+    lines = called.metrics()
+    assert len(lines) == 6 and max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-3
+    kept = pandas.concat(map(pandas.read_parquet, (called.run_folder() / "completions").glob("*.parquet")))
+    turns = kept.completion.map(lambda messages: sum(one["role"] == "assistant" for one in messages))
+    assert {1, 2} <= set(turns) and abs(turns.mean() - mean(line["tools/turns"] for line in lines)) < 1e-6
+    assert all(line["tools/tokens"] > 0 and line["tools/call_frequency"] > 0 for line in lines)
+    assert "(turns with tools)" in called.text() and "→ calculator(expression=" in called.text()
+
+
+@pytest.mark.slow
+def test_the_stock_class_mixes_prompts_up(called):
+    """The same run with TRL's own class fails, hangs or gives completions to the wrong prompts; when it does not, training/tool_lockstep.py can go."""
+    folder = called.run_folder()
+    home, stock = folder.parents[2], folder.parent / "stock"
+    stock.mkdir()
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (stock / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(stock)}))
+    (stock / "accelerate.yaml").write_text((folder / "accelerate.yaml").read_text())
+    (stock / "plan.json").write_text((folder / "plan.json").read_text().replace(str(ROOT / "train.py"), str(ROOT / "tests/train_stock_tools.py")))
+    script = "import json, pathlib, sys; from launcher.supervise import supervise; folder = pathlib.Path(sys.argv[1])\n"
+    script += "sys.exit(supervise(json.loads((folder / 'plan.json').read_text()), folder, []))"
+    mark = uuid.uuid4().hex
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GRPO_TEST_MARK": mark}
+    try:
+        status = subprocess.run([sys.executable, "-c", script, str(stock)], cwd=home, env=environment, capture_output=True, timeout=120).returncode
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        for process in marked(mark):
+            process.kill()
+    metrics = stock / "metrics.jsonl"
+    differences = [json.loads(line)["sampling/sampling_logp_difference/max"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    lost = status is None or (status != 0 and "in _tool_call_loop" in (stock / "train.log").read_text())
+    assert lost or max(differences) > 1e-2
