@@ -38,9 +38,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of the test split (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     args = parser.parse_args(argv)
-    if args.steps and (args.name != "calculator" or args.source):
-        parser.error("--steps is for calculator, and without --source: it makes sums in place of reading them")
     module = importlib.import_module(f"prepare.{args.name}")
+    if args.steps and (not hasattr(module, "sums") or args.source):
+        parser.error("--steps is for calculator, and without --source: it makes sums in place of reading them")
     args.source = args.source or module.SOURCE
     args.output = args.output or Path("data") / args.name
     args.tokenizer = args.tokenizer or module.TOKENIZER
