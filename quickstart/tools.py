@@ -10,7 +10,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 from prepare import calculator as sums
@@ -21,8 +21,8 @@ from quickstart.pretrain import Dialogue, make_base
 from tools.calculator import calculator
 from tools.search import search
 
-TAUGHT, SHORT, LONG, TRAINED = 300, 2, 6, 400  # dialogues of each kind with tools in the prompt, rounds in them and in others; sums for GRPO
-STEPS = 250
+TAUGHT, TRAINED = 2600, 400  # dialogues of each kind for the base model; sums for GRPO
+STEPS = 600
 WEIGHT = 0.1  # of what the assistant does not say: mostly the tools' schemas, which never change
 
 
@@ -50,18 +50,15 @@ def main(argv: list[str]) -> None:
 
 
 def lessons(seed: int, look_up: Callable) -> list[Dialogue]:
-    """Dialogues of some sums, and of some questions to `look_up`.
+    """Sums, and questions to `look_up`, one a dialogue: where several stood, the numbers of the others would be in the way of copying.
 
-    Most have no tools in their prompt, and many rounds: the tools' schemas are most of a prompt and always the same, so little is learned from them.
+    Three in four have no tools in their prompt: their schemas are most of it and always the same, so little is learned from them.
     """
     rng = random.Random(seed)
-    asked = iter(easy_sums(TAUGHT * (SHORT + 3 * LONG), seed))
     told = []
-    for number in range(4 * TAUGHT):
-        rounds, shown = (SHORT, True) if number % 4 == 0 else (LONG, False)
-        for recipe, tool, turns in ((sums, calculator, lambda: _sum(next(asked), rng)), (search_qa, look_up, lambda: _question(rng, look_up))):
-            messages = chain(*(turns() for _ in range(rounds)))
-            told.append(Dialogue([{"role": "system", "content": recipe.SYSTEM}, *messages], WEIGHT, (tool,) if shown else ()))
+    for number, row in enumerate(easy_sums(TAUGHT, seed)):
+        for recipe, tool, turns in ((sums, calculator, _sum(row, rng)), (search_qa, look_up, _question(rng, look_up))):
+            told.append(Dialogue([{"role": "system", "content": recipe.SYSTEM}, *turns], WEIGHT, () if number % 4 else (tool,)))
     return told
 
 
