@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     from training.rows import column_names, load_rows, short_prompts
 
     state = args.distributed_state
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options) if recipe.tools else None
     tools = load_tools(recipe, tokenizer)
     rows = load_rows(recipe.dataset_name, recipe.dataset_config, recipe.dataset_streaming)
     if recipe.dataset_streaming and args.vllm_max_model_length:

@@ -45,7 +45,7 @@ def gather(argv: list[str]) -> dict:
     tokenizer = _look_at_model(values, facts)
     if tokenizer is not None:
         try:
-            template_options |= with_tools(load_tools(recipe, tokenizer), tokenizer)
+            template_options = template_options | with_tools(load_tools(recipe, tokenizer), tokenizer)  # not in place: values holds that dict
         except RecipeError as error:
             facts["problems"].append(str(error))
     columns = _look_at_data(values, tokenizer, template_options, facts)
