@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     from training.rows import column_names, load_rows, short_prompts
 
     state = args.distributed_state
-    options = {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+    options = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options) if recipe.tools else None
     tools = load_tools(recipe, tokenizer)
     rows = load_rows(recipe.dataset_name, recipe.dataset_config, recipe.dataset_streaming)
