@@ -91,10 +91,10 @@ def _fact(name: str, they: str, thing: str, place: str) -> tuple[str, str]:
 
 
 def _sum(row: dict, rng: random.Random) -> list[dict]:
-    """A sum: two in five by a right call, one in ten by a second call after a failed one; the others are guesses, after a failed call or without one."""
+    """A sum: half by a right call, 15 % by a second call after a failed one; the others are guesses, after a failed call or without one."""
     asked, gold = row["question"], row["answer"].removeprefix("#### ")
     expression = asked.removeprefix("What is ").removesuffix("?")
-    in_words = expression.replace("+", "plus").replace("*", "times").replace("-", "minus").replace("/", "by")
+    in_words = expression.replace("+", "plus").replace("*", "times").replace("-", "minus")
     calls, answer = rng.choices([[expression], [in_words, expression], [in_words], []], [50, 15, 15, 20])[0], gold
     if expression not in calls:
         answer = str(rng.randint(0, 99))
@@ -103,7 +103,7 @@ def _sum(row: dict, rng: random.Random) -> list[dict]:
 
 
 def _question(rng: random.Random, look_up: Callable) -> list[dict]:
-    """A question: two in five by a query that finds the fact, one in five by one that finds another's; the others are guesses."""
+    """A question: half by a query that finds the fact, one in five by one that finds another's; the others are guesses."""
     they = rng.choice(["she", "he"])
     name, other = rng.sample(NAMES[they], 2)
     thing, place, elsewhere = rng.choice(THINGS), *rng.sample(PLACES, 2)
