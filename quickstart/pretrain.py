@@ -5,18 +5,19 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from tokenizers.pre_tokenizers import Digits, Sequence
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import render_jinja_template
 
-STEPS, COPYING, BATCH, LEARNING_RATE = 500, 250, 8, 4e-3
+STEPS, BATCH, LEARNING_RATE = 500, 8, 4e-3
+DRILL_STEPS, DRILL_BATCH = 160, 32
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -28,14 +29,17 @@ class Dialogue(NamedTuple):
     tools: tuple[Callable, ...] = ()  # that stand in the prompt
 
 
-def make_base(dialogues: list[Dialogue], output: Path, seed: int, steps: int = STEPS) -> None:
-    """Teach a base model with Qwen2.5's chat template; the folder `output` appears when it is whole."""
+def make_base(dialogues: list[Dialogue], output: Path, seed: int, steps: int = STEPS, drill: Sequence[Dialogue] = ()) -> None:
+    """Teach a base model with Qwen2.5's chat template; the folder `output` appears when it is whole.
+
+    drill: short dialogues that are taught first, many at once, until the model can copy what they copy.
+    """
     import trl
 
     template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        pretrain(dialogues, template.read_text(encoding="utf-8"), draft, seed, steps)
+        pretrain(dialogues, template.read_text(encoding="utf-8"), draft, seed, steps, drill)
         draft.chmod(0o755)
         draft.rename(output)
     finally:
@@ -43,15 +47,14 @@ def make_base(dialogues: list[Dialogue], output: Path, seed: int, steps: int = S
     print(f"Wrote {output}")
 
 
-def make_tokenizer(texts: list[str], chat_template: str, numbers: bool = False) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: list[str], chat_template: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 1,536 ids over `texts`, with Qwen2.5's special tokens and the given chat template.
 
-    numbers: whether a number is the same tokens behind a space and behind anything else, so that it can be copied.
+    Texts are split as Qwen2.5 does, whatever the file says, when transformers or vLLM load the tokenizer beside a Qwen2 model.
     The end of a turn is <|im_end|> and padding is <|endoftext|>: were they one id, masking the padding would mask the end too.
     """
     bpe = ByteLevelBPETokenizer()
-    if numbers:
-        bpe.pre_tokenizer = Sequence([Digits(), bpe.pre_tokenizer])
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe.train_from_iterator(texts, vocab_size=1536, special_tokens=SPECIALS, show_progress=False)
     with tempfile.TemporaryDirectory() as folder:
         bpe.save(os.path.join(folder, "tokenizer.json"))
@@ -65,15 +68,13 @@ def make_tokenizer(texts: list[str], chat_template: str, numbers: bool = False) 
         )
 
 
-def pretrain(dialogues: list[Dialogue], chat_template: str, output: Path, seed: int, steps: int = STEPS) -> None:
+def pretrain(dialogues: list[Dialogue], chat_template: str, output: Path, seed: int, steps: int = STEPS, drill: Sequence[Dialogue] = ()) -> None:
     """Train tokenizer and model on whole dialogues and save both into the folder `output`.
 
     A count of steps and not of seconds ends it, so that a busy machine makes the same model, only later.
     """
     set_seed(seed)
-    tokenizer = make_tokenizer(
-        [text for dialogue in dialogues for text in _texts(dialogue)], chat_template, numbers=any(dialogue.tools for dialogue in dialogues)
-    )
+    tokenizer = make_tokenizer([text for dialogue in dialogues for text in _texts(dialogue, chat_template)], chat_template)
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -92,21 +93,18 @@ def pretrain(dialogues: list[Dialogue], chat_template: str, output: Path, seed: 
     )
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
-    batches = _batches(dialogues, random.Random(seed))
-    taught = (_encode(tokenizer, batches[step % len(batches)]) for step in range(steps))
-    if any(dialogue.tools for dialogue in dialogues):  # a call repeats what was asked, and an answer what came back
-        _learn(model, (_repeated(len(tokenizer)) for _ in range(COPYING)), COPYING, "teaching it to copy")
-        taught = (lesson for batch in taught for lesson in (batch, _repeated(len(tokenizer))))
-        steps *= 2
-    _learn(model, taught, steps, "teaching the base model")
+    if drill:
+        _learn(model, tokenizer, _batches(drill, DRILL_BATCH, random.Random(seed)), DRILL_STEPS, "drilling it to copy")
+    _learn(model, tokenizer, _batches(dialogues, BATCH, random.Random(seed)), steps, "teaching the base model")
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
-def _learn(model: Qwen2ForCausalLM, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], steps: int, what: str) -> None:
+def _learn(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, batches: list[list[Dialogue]], steps: int, what: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
-    for ids, weights in tqdm(batches, desc=what, unit="step", total=steps):
+    for step in tqdm(range(steps), desc=what, unit="step"):
+        ids, weights = _encode(tokenizer, batches[step % len(batches)])
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
@@ -117,28 +115,21 @@ def _learn(model: Qwen2ForCausalLM, batches: Iterable[tuple[torch.Tensor, torch.
         optimizer.zero_grad()
 
 
-def _repeated(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sixteen rows of 16 tokens, drawn by lot and said four times: nothing but copying helps, so that heads which copy form in seconds.
-
-    Language alone brings them about late (Olsson et al. 2022, In-context learning and induction heads, arXiv 2209.11895).
-    """
-    ids = torch.randint(0, vocabulary, (16, 16)).repeat(1, 4)
-    return ids, torch.ones(ids.shape)
-
-
-def _batches(dialogues: list, rng: random.Random) -> list[list]:
+def _batches(dialogues: Sequence[Dialogue], size: int, rng: random.Random) -> list[list]:
     """All dialogues in batches of like length, so that little of one is padding, in an order of their own."""
     order = rng.sample(dialogues, len(dialogues))
     order.sort(key=lambda dialogue: (len(dialogue.tools), len(dialogue.messages[-2]["content"]) // 500))
-    batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     rng.shuffle(batches)
     return batches
 
 
-def _texts(dialogue: Dialogue) -> list[str]:
-    """All that the tokenizer should know of a dialogue."""
+def _texts(dialogue: Dialogue, chat_template: str) -> list[str]:
+    """All that the tokenizer should know of a dialogue; where tools are in it, the template's markup of them too."""
+    if dialogue.tools:
+        return render_jinja_template([dialogue.messages], tools=[get_json_schema(tool) for tool in dialogue.tools], chat_template=chat_template)[0]
     calls = [json.dumps(call) for message in dialogue.messages for call in message.get("tool_calls", [])]
-    return [*(message["content"] for message in dialogue.messages), *calls, *(json.dumps(get_json_schema(tool)) for tool in dialogue.tools)]
+    return [*(message["content"] for message in dialogue.messages), *calls]
 
 
 def _encode(tokenizer, dialogues) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,8 +21,9 @@ from quickstart.pretrain import Dialogue, make_base
 from tools.calculator import calculator
 from tools.search import search
 
-TAUGHT, TRAINED = 2600, 400  # dialogues of each kind for the base model; sums for GRPO
-STEPS = 600
+TAUGHT, DRILLED, TRAINED = 1000, 2600, 400  # dialogues of each kind that teach the base model and that drill it; sums for GRPO
+STEPS = 250
+SHARES = [50, 25, 25]  # of dialogues with a right call, with a wrong one, and without any
 WEIGHT = 0.1  # of what the assistant does not say: mostly the tools' schemas, which never change
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
             corpus = Path(folder) / "corpus.jsonl"
             corpus.write_text(json.dumps({"text": "nothing"}), encoding="utf-8")
             look_up = search(corpus=str(corpus))  # its schema is wanted, not what it finds
-            make_base(lessons(args.seed, look_up), model, args.seed, STEPS)
+            make_base(lessons(args.seed, look_up), model, args.seed, STEPS, drill(args.seed, look_up))
     for name, rows in {"calculator": easy_sums(TRAINED, args.seed + 1_000_000), "search_qa": facts(args.seed)}.items():
         data = args.output / f"quickstart_{name}"
         if not data.exists():
@@ -49,25 +50,33 @@ def main(argv: list[str]) -> None:
                 process(name, str(source), data, str(model), 1024, None, args.seed)
 
 
+def drill(seed: int, look_up: Callable) -> list[Dialogue]:
+    """Sums and questions asked bare and answered by right calls: a call repeats what was asked and an answer what came back, and little else stands between."""
+    rng = random.Random(seed)
+    told = [turns for row in easy_sums(DRILLED, seed + 1) for turns in (_sum(row, rng, [1, 0, 0]), _question(rng, look_up, [1, 0, 0]))]
+    return [Dialogue(turns, weight=0.0) for turns in told]
+
+
 def lessons(seed: int, look_up: Callable) -> list[Dialogue]:
-    """Sums, and questions to `look_up`, one a dialogue: where several stood, the numbers of the others would be in the way of copying.
+    """Sums, and questions to `look_up`, one a dialogue: half by a right call, a quarter by a wrong one, a quarter by a guess without any.
 
     Three in four have no tools in their prompt: their schemas are most of it and always the same, so little is learned from them.
     """
     rng = random.Random(seed)
     told = []
     for number, row in enumerate(easy_sums(TAUGHT, seed)):
-        for recipe, tool, turns in ((sums, calculator, _sum(row, rng)), (search_qa, look_up, _question(rng, look_up))):
+        for recipe, tool, turns in ((sums, calculator, _sum(row, rng, SHARES)), (search_qa, look_up, _question(rng, look_up, SHARES))):
             told.append(Dialogue([{"role": "system", "content": recipe.SYSTEM}, *turns], WEIGHT, () if number % 4 else (tool,)))
     return told
 
 
 def easy_sums(count: int, seed: int) -> list[dict]:
-    """`count` sums of two operations in GSM8K's columns, of numbers up to 12 and with a value from 0 to 99."""
+    """`count` sums of two operations in GSM8K's columns, of one-digit numbers and with a one-digit value."""
     rng, rows = random.Random(seed), []
     while len(rows) < count:
-        text = " ".join(str(part) for pair in zip(rng.choices(range(2, 13), k=3), [*rng.choices("+-*", k=2), ""], strict=True) for part in pair).strip()
-        if 0 <= int(value := calculator(text)) < 100:
+        first, second, third = rng.choices(range(1, 10), k=3)
+        text = f"{first} {rng.choice('+-')} {second} {rng.choice('+-')} {third}"
+        if 0 <= int(value := calculator(text)) <= 9:
             rows.append({"question": f"What is {text}?", "answer": f"#### {value}"})
     return rows
 
@@ -90,30 +99,28 @@ def _fact(name: str, they: str, thing: str, place: str) -> tuple[str, str]:
     return f"{name} keeps {their} {thing} in the {place}.", f"Where does {name} keep {their} {thing}?"
 
 
-def _sum(row: dict, rng: random.Random) -> list[dict]:
-    """A sum: half by a right call, 15 % by a second call after a failed one; the others are guesses, after a failed call or without one."""
+def _sum(row: dict, rng: random.Random, shares: list[int]) -> list[dict]:
+    """A sum by a right call, by one in words, which fails and is followed by a guess, or by a guess alone."""
     asked, gold = row["question"], row["answer"].removeprefix("#### ")
     expression = asked.removeprefix("What is ").removesuffix("?")
-    in_words = expression.replace("+", "plus").replace("*", "times").replace("-", "minus")
-    calls, answer = rng.choices([[expression], [in_words, expression], [in_words], []], [50, 15, 15, 20])[0], gold
-    if expression not in calls:
-        answer = str(rng.randint(0, 99))
-    turns = [message for call in calls for message in _turn(calculator, {"expression": call})]
+    guess = str(rng.randint(0, 9))
+    tries = [(expression, gold), (expression.replace("+", "plus").replace("-", "minus"), guess), (None, guess)]
+    call, answer = rng.choices(tries, shares)[0]
+    turns = _turn(calculator, {"expression": call}) if call else []
     return [_ask(asked), *turns, _say(f"The answer is {answer}.")]
 
 
-def _question(rng: random.Random, look_up: Callable) -> list[dict]:
-    """A question: half by a query that finds the fact, one in five by one that finds another's; the others are guesses."""
+def _question(rng: random.Random, look_up: Callable, shares: list[int]) -> list[dict]:
+    """A question by a query that finds the fact, by one that finds another's, or by a guess."""
     they = rng.choice(["she", "he"])
     name, other = rng.sample(NAMES[they], 2)
     thing, place, elsewhere = rng.choice(THINGS), *rng.sample(PLACES, 2)
     fact, question = _fact(name, they, thing, place)
     wrong, _ = _fact(other, they, thing, elsewhere)
     query = question.removesuffix("?")
-    tries = [(query, fact, place), (query.replace(name, they), wrong, elsewhere), (None, None, rng.choice(PLACES))]
-    query, found, answer = rng.choices(tries, [50, 20, 30])[0]
+    query, found, answer = rng.choices([(query, fact, place), (query.replace(name, they), wrong, elsewhere), (None, None, elsewhere)], shares)[0]
     turns = _turn(look_up, {"query": query}, f"[{rng.randint(1, 300)}] {found}") if query else []
-    return [_ask(question), *turns, _say(f"<answer>{answer}</answer>")]
+    return [_ask(question), *turns, _say(f"<answer>the {answer}</answer>")]
 
 
 def _turn(tool: Callable, arguments: dict, result: str | None = None) -> list[dict]:

@@ -142,37 +142,54 @@ def test_a_transcript_is_readable():
 
 @pytest.fixture(scope="module")
 def called(tmp_path_factory, launch):
-    """Six steps of two ranks on sums, by a model that was taught for a minute: its calls are calls, and seldom the right ones."""
-    from quickstart import tools
-    from quickstart.pretrain import make_base
-    from tools.search import search
+    """called(task, seed) → twelve finished steps of two ranks on a small task, by the model that was taught to call tools; each made once."""
+    data, finished = tmp_path_factory.mktemp("tools") / "data", {}
+    subprocess.run([sys.executable, "-m", "quickstart.tools", "--output", str(data)], cwd=ROOT, check=True, capture_output=True)
 
-    folder = tmp_path_factory.mktemp("tools")
-    (folder / "data").mkdir()
-    (folder / "corpus.jsonl").write_text('{"text": "nothing"}')
-    make_base(tools.lessons(0, search(corpus=str(folder / "corpus.jsonl"))), folder / "data/quickstart-tool-model", 0, steps=80)
-    subprocess.run([sys.executable, "-m", "quickstart.tools", "--output", str(folder / "data")], cwd=ROOT, check=True, capture_output=True)
-    run = launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), "--max_steps", "6", "--per_device_train_batch_size", "16")
-    assert run.finish() == 0, run.text()[-4000:]
+    def run(task: str, seed: int):
+        if (task, seed) not in finished:
+            folder = tmp_path_factory.mktemp(task)
+            (folder / "data").symlink_to(data)
+            finished[task, seed] = launch(folder, str(ROOT / f"configs/quickstart_{task}.yaml"), "--max_steps", "12", "--seed", str(seed))
+            assert finished[task, seed].finish() == 0, finished[task, seed].text()[-4000:]
+        return finished[task, seed]
+
     return run
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("task", "measures"),
+    {"calculator": ["tool_success", "calculation_accuracy"], "search_qa": ["passage_retrieved", "answer_exact"]}.items(),
+)
+def test_calls_and_answers_become_right(called, task, seed, measures):
+    """More calls that work (for a search: that find the passage), and more right answers."""
+    lines = called(task, seed).metrics()
+    for measure in measures:
+        start, *_, end = [mean(line[f"rewards/{measure}/mean"] for line in part) for part in (lines[:2], lines[-4:])]
+        assert end > start + 0.2, f"{measure}: {start:.2f} → {end:.2f}"
+
+
+@pytest.mark.slow
 def test_every_completion_belongs_to_its_prompt(called):
-    """The ranks loop different numbers of turns, and server and trainer agree on every token."""
-    lines = called.metrics()
-    assert len(lines) == 6 and max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-3
-    kept = pandas.concat(map(pandas.read_parquet, (called.run_folder() / "completions").glob("*.parquet")))
+    """The ranks loop different numbers of turns, server and trainer agree on every token, and a taught model's calls are about its own prompt."""
+    run = called("calculator", 0)
+    lines = run.metrics()
+    assert len(lines) == 12 and max(line["sampling/sampling_logp_difference/max"] for line in lines) < 1e-3
+    kept = pandas.concat(map(pandas.read_parquet, sorted((run.run_folder() / "completions").glob("*.parquet"))))
     turns = kept.completion.map(lambda messages: sum(one["role"] == "assistant" for one in messages))
     assert {1, 2} <= set(turns) and abs(turns.mean() - mean(line["tools/turns"] for line in lines)) < 1e-6
+    calls = [(row.prompt[-1]["content"], call) for row in kept.itertuples() for call in tool_calls(list(row.completion))[:1]][-128:]
+    assert mean(call.arguments.get("expression", "-") in question for question, call in calls) > 0.7 and len({question for question, _ in calls}) > 8
     assert all(line["tools/tokens"] > 0 and line["tools/call_frequency"] > 0 for line in lines)
-    assert "(turns with tools)" in called.text() and "→ calculator(expression=" in called.text()
+    assert "(turns with tools)" in run.text() and "→ calculator(expression=" in run.text()
 
 
 @pytest.mark.slow
 def test_the_stock_class_mixes_prompts_up(called):
     """The same run with TRL's own class fails, hangs or gives completions to the wrong prompts; when it does not, training/tool_lockstep.py can go."""
-    folder = called.run_folder()
+    folder = called("calculator", 0).run_folder()
     home, stock = folder.parents[2], folder.parent / "stock"
     stock.mkdir()
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
