@@ -83,6 +83,8 @@ def prepare(comparison: Comparison) -> None:
     A row whose prompt leaves no room for a whole reply in the context of any checkpoint is taken out for all of them: what is compared stays paired.
     Raises ComparisonError where no checkpoint or no row is left.
     """
+    if comparison.manner.tools and any(isinstance(rows["prompt"][0], str) for rows in comparison.rows.values()):
+        raise ComparisonError("--data: plain-text prompts, and the run's tools need chat messages: a prompt as [{role: user, content: …}].")
     comparison.engine = engine = Engine(comparison.asked)
     for checkpoint in list(comparison.asked):
         with dropping(comparison, [checkpoint]):

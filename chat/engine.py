@@ -17,7 +17,7 @@ class Engine:
     def __init__(self, checkpoints: list[Checkpoint], device: str | None = None):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.models = {}  # folder or Hub id of a whole model → model, with the adapters that were asked for
-        self.tokenizers, self.configs, self.stops = {}, {}, {}
+        self.tokenizers, self.configs, self.stops, self.templates, self.tools = {}, {}, {}, {}, []
         self.wholes = {checkpoint.base or checkpoint.path for checkpoint in checkpoints}
 
     def prompt_ids(self, checkpoint: Checkpoint, prompt: str | list[dict], manner: Manner, room: bool = True) -> list[int]:
@@ -31,7 +31,7 @@ class Engine:
         elif tokenizer.chat_template is None:
             raise CheckpointError(f"{checkpoint.name}: its tokenizer has no chat template, so it can continue a text and cannot chat.")
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **manner.template_options)["input_ids"]
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **self.template(checkpoint, manner))["input_ids"]
         context = self.context(checkpoint)
         if room and context and len(ids) + manner.max_new_tokens > context:
             raise CheckpointError(
@@ -40,16 +40,36 @@ class Engine:
             )
         return ids
 
+    def template(self, checkpoint: Checkpoint, manner: Manner) -> dict:
+        """What the chat template is given beside the messages: the run's own options, and its tools, which are bound once and serve all checkpoints.
+
+        Raises CheckpointError where a tool cannot be bound, or the template cannot hold calls.
+        """
+        if manner.tools and checkpoint.path not in self.templates:
+            from trl.chat_template_utils import add_response_schema
+
+            from training.bind_tools import load_tools, template_options
+            from training.recipe import Recipe, RecipeError
+
+            tokenizer = self.tokenizer(checkpoint)
+            try:
+                self.tools = self.tools or load_tools(Recipe(tools=manner.tools, tool_kwargs=manner.tool_kwargs), tokenizer)
+                self.templates[checkpoint.path] = template_options(self.tools, tokenizer)
+            except RecipeError as error:
+                raise CheckpointError(f"{checkpoint.name}: {error}") from error
+            if getattr(tokenizer, "response_template", None) is None:
+                add_response_schema(tokenizer)
+        return manner.template_options | self.templates.get(checkpoint.path, {})
+
     def stream(
-        self, checkpoint: Checkpoint, prompt: str | list[dict], manner: Manner, stop: threading.Event | None = None, seed: int | None = None
+        self, checkpoint: Checkpoint, ids: list[int], manner: Manner, stop: threading.Event | None = None, seed: int | None = None
     ) -> Generator[str, None, list[int]]:
-        """The reply, piece by piece as it is drawn, behind an empty piece when the model is loaded; returns its tokens, as `replies` does.
+        """The reply to a prompt (tokens), piece by piece as it is drawn, behind an empty piece when the model is loaded; returns its tokens, as `replies` does.
 
         Setting `stop` ends it after the next token.
         """
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-        ids = self.prompt_ids(checkpoint, prompt, manner)
         self.model(checkpoint)  # else its loading would count among the reply's seconds
         yield ""
         left = threading.Event()  # nobody reads on

@@ -42,6 +42,9 @@ def gather(names: list[str], base: str | None, servers: list[str], most: int) ->
     manners = [manner_of(run) for run in runs] or [Manner()]
     if any(manner != manners[0] for manner in manners):
         notes.append(f"The runs spoke to their models in different ways; all are asked as {label(runs[0])} did.")
+    if manners[0].tools:
+        notes += [f"{one.name} is asked without the run's tools, which run on this machine alone; name its folder to see it call them."
+                  for one in columns if isinstance(one, Served)]  # fmt: skip
     notes += _differing_templates(columns)
     return columns, runs[0] if runs else None, manners[0], notes
 

@@ -51,7 +51,7 @@ def figures(reply: Reply) -> list[str]:
     """What is known of a reply: its length, rewards and seconds."""
     if reply.seconds is None:
         return []
-    length = f"{len(reply.text)} characters" + (f", {reply.tokens} tokens" if reply.tokens is not None else "")
+    length = f"{reply.characters} characters" + (f", {reply.tokens} tokens" if reply.tokens is not None else "")
     rewards = [f"{name} {number(value)}" for name, value in reply.rewards.items()]
     return [length, *rewards, f"{reply.seconds:.1f} s" + ", cut off" * reply.cut_off + ", stopped" * reply.stopped]
 

@@ -109,7 +109,7 @@ class Page:
         messages = [{"role": "system", "content": talk.manner.system_prompt}] if talk.manner.system_prompt else []
         for asked, replies in before:
             if not replies[index].problem and replies[index].text:
-                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": replies[index].text}]
+                messages += [{"role": "user", "content": asked}, *replies[index].said]
         messages.append({"role": "user", "content": prompt})
         reply, told = Reply(self.columns[index].name, stopped=True), 0
         if not stop.is_set():
@@ -118,7 +118,7 @@ class Page:
                     yield reply
                     told = time.monotonic()
         if reply.text and not reply.problem:
-            scores = self.rewards.of([messages], [reply.text], None if reply.ids is None else [reply.ids])
+            scores = self.rewards.of([messages], [reply.messages or reply.text], None if reply.ids is None else [reply.ids])
             reply.rewards = {name: score for name, (score,) in scores.items()}
         yield reply
 

@@ -47,5 +47,7 @@ def make_run(run: Path, model: str, **fields) -> None:
     run.mkdir(parents=True)
     run_folder.point(run.parent / "latest", run)
     flags = {"model_name_or_path": model, "dataset_name": "data/rows", "reward_funcs": "rewards.length.length_reward", "max_completion_length": 24, **fields}
-    values, given = RecipeParser().read([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    values, given = RecipeParser().read(
+        [word for name, value in flags.items() for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
+    )
     run_folder.write_recipe(run, {name: plain(value) for name, value in vars(values).items()}, given, SYSTEM)
