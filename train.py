@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
 
     from training import run_folder
     from training.bind import load_rewards
-    from training.bind_tools import load_tools, template_options
+    from training.bind_tools import load_environment, load_tools, template_options
     from training.callbacks import RunLog, print_summary
     from training.guards import Guards, limits
     from training.plots import plot_run
@@ -44,12 +44,13 @@ def main(argv: list[str]) -> int:
 
     state = args.distributed_state
     options = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options) if recipe.tools else None
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options) if recipe.tools or recipe.environment_factory else None
     tools = load_tools(recipe, tokenizer)
+    environment, offered = load_environment(recipe, tools)
     rows = load_rows(recipe.dataset_name, recipe.dataset_config, recipe.dataset_streaming)
     if recipe.dataset_streaming and args.vllm_max_model_length:
-        template = (args.chat_template_kwargs or {}) | template_options(tools, tokenizer)
-        room = args.vllm_max_model_length - args.max_completion_length * (2 if tools else 1)
+        template = (args.chat_template_kwargs or {}) | template_options(offered, tokenizer)
+        room = args.vllm_max_model_length - args.max_completion_length * (2 if offered else 1)
         rows = {split: short_prompts(one, model.model_name_or_path, room, **template) for split, one in rows.items()}
     train_rows = rows[recipe.dataset_train_split]
     held_out = rows.get(recipe.dataset_test_split)
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> int:
         train_dataset=train_rows,
         eval_dataset=held_out if args.eval_strategy != "no" else None,
         tools=tools or None,
+        environment_factory=environment,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         callbacks=[RunLog(run), guards],

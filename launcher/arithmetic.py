@@ -9,7 +9,7 @@ def context(plan, facts: dict) -> None:
     longest, limit = (facts["data"] or {}).get("longest_prompt"), (facts["model"] or {}).get("context")
     reply, context = plan.values["max_completion_length"], plan.values["vllm_max_model_length"]
     asked, field = f"reply {reply}", "max_completion_length"
-    if plan.values["tools"] and plan.values["use_vllm"]:
+    if (plan.values["tools"] or plan.values["environment_factory"]) and plan.values["use_vllm"]:
         asked, field, reply = f"2 × reply {reply} (turns with tools)", "2 × max_completion_length", 2 * reply
     if not plan.values["use_vllm"]:
         context = longest and longest + reply

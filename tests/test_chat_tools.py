@@ -23,6 +23,7 @@ from chat.columns import draw
 from chat.engine import Engine
 from chat.gather import gather
 from chat.kept import COLUMNS
+from chat.layout import figures
 from chat.page import Page
 from chat.scores import Scores
 from chat.terminal import Chat
@@ -176,6 +177,7 @@ def test_all_turns_and_results_share_the_replys_tokens(there):
     (first,) = (len(one) for one in [column(there)[0].engine.tokenizer(column(there)[0].checkpoint)(SCRIPT["sum"][0])["input_ids"]])
     short = said(there, "sum", max_new_tokens=first + 5)
     assert short.text == SHOWN["sum"].partition("\n←")[0] and len(there.asked) == 3
+    assert figures(short)[-1].endswith(" s, ended on a call") and figures(whole)[-1].endswith(" s")
     cut = said(there, "sum", max_new_tokens=len(whole.ids) - 4)
     assert cut.cut_off and len(cut.ids) == len(whole.ids) - 4 and "← 5\nThe answer" in cut.text and "5." not in cut.text
 
@@ -246,10 +248,10 @@ def test_a_comparison_scores_all_messages(there, capfd, monkeypatch):
     status, told = compare(*asked)
     assert status == 0 and "by transformers, with calculator, later" in " ".join(told.split()), told
     metrics = json.loads(Path("out/comparison.json").read_text())["splits"]["test"]["metrics"]
-    for figures in ({name: metrics[name]["base"]["mean"] for name in metrics}, {name: metrics[name]["final"]["mean"] for name in metrics}):
-        assert figures["results"] == figures["tool calls"] == 1 and figures["tool calls that failed"] == pytest.approx(1 / 3)
-        assert figures["length, characters"] == pytest.approx((16 + 16 + 6) / 3) and figures["ROUGE-1"] == pytest.approx(2 / 3)
-        assert figures["cut off"] == 0
+    for means in ({name: metrics[name]["base"]["mean"] for name in metrics}, {name: metrics[name]["final"]["mean"] for name in metrics}):
+        assert means["results"] == means["tool calls"] == 1 and means["tool calls that failed"] == pytest.approx(1 / 3)
+        assert means["length, characters"] == pytest.approx((16 + 16 + 6) / 3) and means["ROUGE-1"] == pytest.approx(2 / 3)
+        assert means["cut off"] == 0
     kept = {json.loads(row["prompt"])[-1]["content"]: row for row in compare.kept()}
     assert kept["Make a fail"]["reply"] == SHOWN["fail"] and json.loads(kept["Make a fail"]["messages"])[1]["content"] == "{'error': 'unknown name plus'}"
     tokens = sum(row["tokens"] for row in compare.kept() if row["checkpoint"] == "base") / 3

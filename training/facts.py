@@ -17,7 +17,7 @@ from trl import GRPOConfig, ModelConfig
 
 from training import hub
 from training.bind import load_rewards, metric_name
-from training.bind_tools import load_tools
+from training.bind_tools import load_environment, load_tools
 from training.bind_tools import template_options as with_tools
 from training.guards import limits
 from training.recipe import Recipe, RecipeError, RecipeParser, build, plain
@@ -45,7 +45,8 @@ def gather(argv: list[str]) -> dict:
     tokenizer = _look_at_model(values, facts)
     if tokenizer is not None:
         try:
-            template_options = template_options | with_tools(load_tools(recipe, tokenizer), tokenizer)  # not in place: values holds that dict
+            _, tools = load_environment(recipe, load_tools(recipe, tokenizer))
+            template_options = template_options | with_tools(tools, tokenizer)  # not in place: values holds that dict
         except RecipeError as error:
             facts["problems"].append(str(error))
     columns = _look_at_data(values, tokenizer, template_options, facts)
@@ -54,7 +55,8 @@ def gather(argv: list[str]) -> dict:
     except RecipeError as error:
         facts["problems"].append(str(error))
         return facts
-    facts["problems"] += best_metric(values, [metric_name(reward) for reward in rewards])
+    own = [recipe.environment_factory.rpartition(".")[2]] if recipe.environment_factory else []
+    facts["problems"] += best_metric(values, [*map(metric_name, rewards), *own])
     for reward in rewards:
         try:
             if isinstance(reward, str):
@@ -167,8 +169,8 @@ def _look_at_data(values, tokenizer, template_options: dict, facts: dict) -> lis
         facts["problems"].append(f"dataset_name: {name} has no rows.")
         return columns
     chat = isinstance(first["prompt"], list)
-    if values.tools and not chat:
-        facts["problems"].append(f"tools: {name} holds plain-text prompts, and tools need chat messages: a prompt as [{{role: user, content: …}}].")
+    if not chat and (field := next((field for field in ("tools", "environment_factory") if getattr(values, field)), None)):
+        facts["problems"].append(f"{field}: {name} holds plain-text prompts, and tools need chat messages: a prompt as [{{role: user, content: …}}].")
     if chat and tokenizer is not None and tokenizer.chat_template is None:
         facts["problems"].append(
             f"dataset_name: {name} holds chat messages, and {values.model_name_or_path} has no chat template: use an instruct model or plain-text prompts."

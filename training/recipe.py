@@ -63,6 +63,13 @@ class Recipe(ScriptArguments):
         default=None,
         metadata={"help": "Settings of the tools, by function name: {search: {corpus: data/search_qa/corpus.jsonl, k: 3}}; the model does not see them."},
     )
+    environment_factory: str | None = field(
+        default=None,
+        metadata={
+            "help": "A class by dotted name (module.Class) of which each reply gets an object: `reset(**row)` begins, its other public methods are tools "
+            "beside `tools`, and `get_reward()`, where it has one, is a reward under the class's name. What reset adds to a prompt the plan cannot count."
+        },
+    )
     guards: dict | str | None = field(
         default=None,
         metadata={

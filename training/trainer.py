@@ -28,8 +28,9 @@ def trainer_class(args: GRPOConfig, recipe: Recipe) -> type[GRPOTrainer]:
         from training.disk_sync import DiskSyncClient
 
         _rebind(vllm_generation, "VLLMClient", DiskSyncClient)
-    tools = [ToolMetrics] if recipe.tools else []
-    if recipe.tools and args.world_size > 1 and (args.use_vllm or args.deepspeed_plugin):
+    turns = recipe.tools or recipe.environment_factory
+    tools = [ToolMetrics] if turns else []
+    if turns and args.world_size > 1 and (args.use_vllm or args.deepspeed_plugin):
         tools.append(ToolLockstep)
     return type("Trainer", (RunCard, Measures, FailedRewards, *tools, GRPOTrainer), {})
 
