@@ -7,8 +7,9 @@ decoder's, from its start token on. A model is of this kind where its own config
 import torch
 from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+PLAIN = "a model with an encoder takes plain-text prompts: process_dataset.py summarization --prefix TEXT makes such."
 TASK = {True: "SEQ_2_SEQ_LM", False: "CAUSAL_LM"}  # peft's name for the kind of a model, by is_encoder_decoder
 
 
@@ -22,12 +23,31 @@ def model_class(config: PretrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
 
 
+def problems(values, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What a recipe (its values, as attributes) asks that a model with an encoder cannot do, each with its reason."""
+    found, name = [], f"{values.model_name_or_path} has an encoder ({config.model_type})"
+    if values.use_vllm:
+        found.append(f"use_vllm: {name}, and vLLM runs models without one only; leave use_vllm out: every device trains, and transformers generates.")
+    if values.tools:
+        found.append(f"tools: {name}: a reply is not read again, so it cannot go on behind a tool's result; leave tools out, or take a chat model.")
+    if tokenizer.pad_token is None:
+        found.append(f"model_name_or_path: the tokenizer of {values.model_name_or_path} has no pad token, and the end of a text cannot stand for it here.")
+    if getattr(config, "decoder_start_token_id", None) is None:
+        found.append(f"model_name_or_path: {name}, and its config.json no decoder_start_token_id to begin a reply with.")
+    return found
+
+
 def no_dropout(config: PretrainedConfig) -> dict[str, float]:
     """The fields of a config that have to be 0 from loading on: what attention and layers drop by themselves no later switch reaches.
 
     With it a policy would differ from itself: T5's KL in step 1 was 0.016 in place of 0.
     """
     return {name: 0.0 for name, value in config.to_dict().items() if ("dropout" in name or "layerdrop" in name) and value}
+
+
+def places(config: PretrainedConfig) -> int | None:
+    """The most tokens of a prompt (the encoder's) and of a reply (the decoder's), each for itself; None where places are relative (T5)."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def plain_generation(model: PreTrainedModel) -> GenerationConfig:
