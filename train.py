@@ -78,9 +78,9 @@ def main(argv: list[str]) -> int:
     args.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision, **(args.model_init_kwargs or {})}
     if model.attn_implementation:
         args.model_init_kwargs.setdefault("attn_implementation", model.attn_implementation)
-    guards = Guards(run, limits(recipe.guards, 0 if teaches else args.beta))
+    guards = Guards(run, limits(recipe.guards, 0 if teaches else args.beta), judged="loss" if teaches else "reward")
     rows = {"train_dataset": train_rows, "eval_dataset": held_out if args.eval_strategy != "no" else None}
-    callbacks = [RunLog(run), guards]
+    callbacks = [RunLog(run, taught=teaches), guards]
     if teaches:
         trainer = supervised.make_trainer(args, model, config, rows, callbacks)
     else:

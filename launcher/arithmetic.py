@@ -45,14 +45,15 @@ def context(plan, facts: dict) -> None:
 def _places(plan, longest: int | None, limit: int | None) -> None:
     """The prompt is the encoder's and the reply the decoder's: each has the model's places for itself, where they are counted at all."""
     reply, of = plan.values["max_completion_length"], f"{limit} places each" if limit else "relative places, no limit"
+    drawn = f", reply {reply} in the decoder" if plan.values["method"] == "grpo" else ""
     if longest is not None:
-        plan.lines.append(f"context: longest prompt {longest} in the encoder, reply {reply} in the decoder; {of}")
+        plan.lines.append(f"context: longest prompt {longest} in the encoder{drawn}; {of}")
     if limit and longest and longest > limit:
         plan.problems.append(
             f"dataset_name: the longest prompt has {longest} tokens, and the encoder takes {limit}. Prepare the data with --max_prompt_length {limit} "
             "(summarization: --too_long cut shortens the articles, drop leaves them out)."
         )
-    if limit and reply > limit:
+    if limit and drawn and reply > limit:
         plan.problems.append(f"max_completion_length: {reply} tokens, and the decoder takes {limit}; lower it.")
 
 

@@ -4,6 +4,9 @@ The prompt goes to the encoder, whole and padded on the right: BART counts posit
 decoder's, from its start token on. A model is of this kind where its own config says so.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
@@ -43,6 +46,13 @@ def no_dropout(config: PretrainedConfig) -> dict[str, float]:
     With it a policy would differ from itself: T5's KL in step 1 was 0.016 in place of 0.
     """
     return {name: 0.0 for name, value in config.to_dict().items() if ("dropout" in name or "layerdrop" in name) and value}
+
+
+def saved(folder: Path) -> bool:
+    """Whether a folder with a checkpoint or an adapter holds such a model."""
+    files = [folder / name for name in ("config.json", "adapter_config.json")]
+    said = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    return any(one.get("is_encoder_decoder") or one.get("task_type") == TASK[True] for one in said)
 
 
 def places(config: PretrainedConfig) -> int | None:

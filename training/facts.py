@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import GRPOConfig, ModelConfig
 
-from training import encoder_decoder, hub
+from training import encoder_decoder, hub, merge
 from training.bind import load_rewards, metric_name
 from training.bind_tools import load_tools
 from training.bind_tools import template_options as with_tools
@@ -29,7 +29,7 @@ HOME = os.path.relpath(Path(__file__).resolve().parent.parent)
 
 def gather(argv: list[str]) -> dict:
     """Resolve a recipe (--config PATH and flags, as train.py takes them) and look at its rewards, rows and model; nothing is trained and no weight is read."""
-    facts = {"values": {}, "given": [], "data": None, "model": None, "problems": [], "missing": []}
+    facts = {"values": {}, "given": [], "data": None, "model": None, "adapter": None, "problems": [], "missing": []}
     try:
         parser = RecipeParser()
         values, facts["given"] = parser.read(argv, adapt=False)
@@ -128,6 +128,10 @@ def best_metric(values, rewards: list[str]) -> list[str]:
 def _look_at_model(values, facts: dict):
     """Fill facts["model"]; returns the tokenizer, or None where the model cannot be reached."""
     name = values.model_name_or_path
+    facts["adapter"] = merge.needed(name)
+    if facts["adapter"]:
+        facts["missing"].append(f"model_name_or_path: {name} is an adapter; the launcher merges it into its base, or: python -m training.merge {name}")
+        return None
     options = {"revision": values.model_revision, "trust_remote_code": values.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)

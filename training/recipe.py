@@ -19,6 +19,8 @@ import yaml
 from transformers import Seq2SeqTrainingArguments
 from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from training import merge
+
 # Fields that TRL keeps as free text and reads only when training has begun.
 CHOICES = {
     "loss_type": ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"],
@@ -178,6 +180,7 @@ class RecipeParser(TrlParser):
                 raise RecipeError(f"{path or 'flags'}: {name}: {getattr(values, name)!r} is none of {choices}.")
         for name in MAPPINGS:
             vars(values)[name] = _mapping(path, name, getattr(values, name))
+        values.model_name_or_path = values.model_name_or_path and merge.start(values.model_name_or_path)
         flags = {name.removeprefix("no_") if name not in self.known else name for name in flags}
         return values, sorted((set(config) | flags) & set(self.known))
 

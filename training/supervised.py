@@ -13,9 +13,7 @@ from training.recipe import RecipeError, SupervisedConfig
 GOLD = "reference"
 
 
-def make_trainer(
-    args: SupervisedConfig, model: ModelConfig, config: PretrainedConfig, rows: dict[str, Dataset | None], callbacks: list
-) -> Trainer:
+def make_trainer(args: SupervisedConfig, model: ModelConfig, config: PretrainedConfig, rows: dict[str, Dataset | None], callbacks: list) -> Trainer:
     """The trainer of a model of either kind. rows: `train_dataset` and `eval_dataset`, with prompt (chat messages or text) and reference (text)."""
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     shared = {"args": args, "processing_class": tokenizer, "callbacks": callbacks}
