@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from chat.checkpoints import Checkpoint, CheckpointError, Manner
-from training import hub
+from training import encoder_decoder, hub
 
 
 class Engine:
@@ -145,13 +145,12 @@ class Engine:
     def model(self, checkpoint: Checkpoint):
         """The loaded model that a checkpoint is or stands on; its adapter is attached, not switched on."""
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
         name = checkpoint.base or checkpoint.path
         if name not in self.models:
             self._make_room(name)
             dtype = "auto" if self.device == "cuda" else torch.float32
-            self.models[name] = _load(AutoModelForCausalLM, name, checkpoint, dtype=dtype).to(self.device).eval()
+            self.models[name] = _load(encoder_decoder.model_class(self.config(checkpoint)), name, checkpoint, dtype=dtype).to(self.device).eval()
         model = self.models[name]
         if checkpoint.base and _adapter(checkpoint) not in getattr(model, "peft_config", {}):
             try:
@@ -177,6 +176,11 @@ class Engine:
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        reads = encoder_decoder.is_encoder_decoder(self.config(checkpoint))
+        if reads:
+            ids, mask = (tensor.to(self.device) for tensor in encoder_decoder.encoder_inputs(prompts, pad).values())
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base.generation_config = encoder_decoder.plain_generation(base)
         greedy = manner.temperature == 0
         drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
             "do_sample": True, "temperature": manner.temperature, "top_p": manner.top_p, "top_k": manner.top_k or 0, "min_p": manner.min_p,
@@ -189,7 +193,7 @@ class Engine:
                 input_ids=ids, attention_mask=mask, max_new_tokens=manner.max_new_tokens, pad_token_id=pad,
                 eos_token_id=sorted(ends) or None, repetition_penalty=manner.repetition_penalty, **drawing, **options,
             )  # fmt: skip
-        return [_until(row[longest:].tolist(), ends) for row in out]
+        return [_until(row[1 if reads else longest :].tolist(), ends) for row in out]
 
     @contextmanager
     def _switched_to(self, model, checkpoint: Checkpoint):

@@ -167,8 +167,12 @@ def _lora_targets(values, config, model: torch.nn.Module) -> list[str]:
     if not values.lora_target_modules:
         known = config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         return [] if known else [f"lora_target_modules: peft knows none for a {config.model_type} model; {told}"]
-    wanted = [name for name in values.lora_target_modules if name != "all-linear"]
-    paths = [f".{name}" for name, _ in model.named_modules()]
+    wanted, names = [name for name in values.lora_target_modules if name != "all-linear"], [name for name, _ in model.named_modules()]
+    if len(wanted) == 1:  # TRL hands a single one over as text, which peft takes for a pattern
+        (one,) = wanted
+        there = any(re.fullmatch(one, name) for name in names)
+        return [] if there else [f"lora_target_modules: {one} alone is a pattern for a module's whole path, and none matches: '.*{one}', say; {told}"]
+    paths = [f".{name}" for name in names]
     missing = [name for name in wanted if not any(path.endswith(f".{name}") for path in paths)]
     return [f"lora_target_modules: a {config.model_type} model has no {name}; {told}" for name in missing]
 
