@@ -73,7 +73,13 @@ def compare(args: argparse.Namespace) -> dict:
     comparison.prepare(asked)
     for reason in asked.failed.values():
         print(f"Left out: {reason}", file=sys.stderr, flush=True)
-    engine = args.engine or ("vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") and not manner.tools else "transformers")
+    encoders = [each.name for each in asked.asked if asked.engine.has_encoder(each)]
+    if encoders and args.engine == "vllm":
+        raise comparison.ComparisonError(
+            f"--engine vllm: {', '.join(encoders)} has an encoder, and vLLM runs models without one only; leave it out, and transformers draws."
+        )
+    turn = torch.cuda.is_available() and importlib.util.find_spec("vllm") and not manner.tools and not encoders
+    engine = args.engine or ("vllm" if turn else "transformers")
     drawn = draw(asked, Replies(), engine == "vllm", args.batch_size)
     how = "greedy" if seed is None else f"temperature {manner.temperature:g}, seed {seed}"
     tools = ", ".join(name.rpartition(".")[2] for name in manner.tools or [])

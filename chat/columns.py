@@ -60,7 +60,12 @@ class Local:
         self.source = f"{checkpoint.path} on {checkpoint.base}" if checkpoint.base else checkpoint.path
 
     def stream(self, prompt: str | list[dict], manner: Manner, stop: threading.Event | None = None, seed: int | None = None) -> Generator[str, None, End]:
-        """See the head of this file. Raises CheckpointError."""
+        """See the head of this file; of a chat a model with an encoder is asked the last message alone, as text behind the system prompt.
+
+        Raises CheckpointError.
+        """
+        if not isinstance(prompt, str) and self.engine.has_encoder(self.checkpoint):
+            prompt = "".join(message["content"] for message in prompt if message["role"] == "system") + prompt[-1]["content"]
         asked = self.engine.prompt_ids(self.checkpoint, prompt, manner)
         if manner.tools:
             from chat import turns

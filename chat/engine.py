@@ -23,20 +23,22 @@ class Engine:
     def prompt_ids(self, checkpoint: Checkpoint, prompt: str | list[dict], manner: Manner, room: bool = True) -> list[int]:
         """The tokens of a prompt (text, or chat messages in the checkpoint's own template), ready for the reply.
 
-        Raises CheckpointError where they and the reply do not fit the model's context; room=False leaves that unchecked.
+        Raises CheckpointError where they and the reply do not fit the model's context, which room=False leaves unchecked, and for messages that it cannot read.
         """
         tokenizer = self.tokenizer(checkpoint)
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
+        elif self.has_encoder(checkpoint):
+            raise CheckpointError(f"{checkpoint.name}: the prompts are chat messages, and {encoder_decoder.PLAIN}")
         elif tokenizer.chat_template is None:
             raise CheckpointError(f"{checkpoint.name}: its tokenizer has no chat template, so it can continue a text and cannot chat.")
         else:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **self.template(checkpoint, manner))["input_ids"]
-        context = self.context(checkpoint)
-        if room and context and len(ids) + manner.max_new_tokens > context:
+        if room and not self.fits(checkpoint, len(ids), manner):
             raise CheckpointError(
-                f"{checkpoint.name}: the prompt's {len(ids)} tokens and {manner.max_new_tokens} for the reply do not fit its context of {context}; "
-                "shorten the prompt (in a chat /reset does), or allow fewer tokens for the reply."
+                f"{checkpoint.name}: the prompt's {len(ids)} tokens and {manner.max_new_tokens} for the reply do not fit its context of "
+                f"{self.context(checkpoint)}{' each' * self.has_encoder(checkpoint)}; shorten the prompt (in a chat /reset does), "
+                "or allow fewer tokens for the reply."
             )
         return ids
 
@@ -114,8 +116,19 @@ class Engine:
         return self.tokenizers[checkpoint.path]
 
     def context(self, checkpoint: Checkpoint) -> int | None:
-        """The most tokens of prompt and reply, from the config alone; None where it does not say."""
+        """The most tokens of prompt and reply, of each of the two for a model with an encoder, from the config alone; None where it does not say."""
+        if self.has_encoder(checkpoint):
+            return encoder_decoder.places(self.config(checkpoint))
         return getattr(self.config(checkpoint).get_text_config(), "max_position_embeddings", None)
+
+    def fits(self, checkpoint: Checkpoint, tokens: int, manner: Manner) -> bool:
+        """Whether there is room for a prompt of so many tokens and a whole reply."""
+        most, reply = self.context(checkpoint), manner.max_new_tokens
+        return not most or (max(tokens, reply) if self.has_encoder(checkpoint) else tokens + reply) <= most
+
+    def has_encoder(self, checkpoint: Checkpoint) -> bool:
+        """Whether it reads plain text, the prompt apart from the reply; no weight is read for it."""
+        return encoder_decoder.is_encoder_decoder(self.config(checkpoint))
 
     def ends(self, checkpoint: Checkpoint) -> set[int]:
         """The tokens that end a turn: the tokenizer's own, as in training, and those of the model's generation config. No weight is read for it.
@@ -176,7 +189,7 @@ class Engine:
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
-        reads = encoder_decoder.is_encoder_decoder(self.config(checkpoint))
+        reads = self.has_encoder(checkpoint)
         if reads:
             ids, mask = (tensor.to(self.device) for tensor in encoder_decoder.encoder_inputs(prompts, pad).values())
             base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -90,7 +90,8 @@ class Page:
             return
         stop = self.stops[request.session_hash] = threading.Event()
         talk = self._fresh(blind) if blind or talk.blind else talk
-        talk.manner, talk.seed = replace(self.manner, system_prompt=system.strip() or None, temperature=float(temperature)), secrets.randbelow(2**31)
+        talk.manner = replace(self.manner, system_prompt=system if system.strip() else None, temperature=float(temperature))
+        talk.seed = secrets.randbelow(2**31)
         replies = {}
         talk.turns.append((prompt, replies))
         yield {self.box: "", self.hint: "", **self._drawn(talk)}

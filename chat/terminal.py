@@ -70,14 +70,14 @@ class Chat:
 
     def command(self, name: str, value: str = "") -> None:
         """One of the commands of HELP, less /quit."""
-        value = value.strip()
+        system, value = value, value.strip()
         if name == "/help":
             said = HELP
         elif name == "/reset":
             self.histories = [[] for _ in self.columns]
             said = "Forgotten."
         elif name == "/system":
-            self.manner = replace(self.manner, system_prompt=value or None)
+            self.manner = replace(self.manner, system_prompt=system if value else None)  # "summarize: " ends in a space
             self.histories = [[] for _ in self.columns]
             said = f"System prompt: {value or 'none'}. What was said is forgotten."
         elif name == "/temperature":

@@ -6,10 +6,11 @@ import torch
 import trl
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import BartConfig, BartForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
 
 from quickstart.pretrain import make_tokenizer
 from training import run_folder
+from training.encoder_decoder import TASK, is_encoder_decoder, model_class
 from training.recipe import RecipeParser, plain
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
@@ -58,7 +59,10 @@ def make_encoder_model(folder: Path, kind: str, places: int = 256) -> None:
 def make_adapter(folder: Path, base: Path, seed: int, named: str | None = None) -> None:
     """Write a LoRA adapter on `base` that changes what it says; named: what its adapter_config.json calls the base."""
     torch.manual_seed(seed)
-    model = get_peft_model(Qwen2ForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    config = AutoConfig.from_pretrained(base)
+    targets = {"t5": ["q", "v"], "bart": ["q_proj", "v_proj"]}.get(config.model_type, ["q_proj", "v_proj", "down_proj"])
+    lora = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type=TASK[True] if is_encoder_decoder(config) else None)
+    model = get_peft_model(model_class(config).from_pretrained(base), lora)
     model.peft_config["default"].base_model_name_or_path = named or str(base)
     model.save_pretrained(folder)
 

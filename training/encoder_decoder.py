@@ -5,6 +5,7 @@ decoder's, from its start token on. A model is of this kind where its own config
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -68,6 +69,12 @@ def plain_generation(model: PreTrainedModel) -> GenerationConfig:
     own, names = model.generation_config, ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     tokens = {name: value for name in names if (value := getattr(own, name, None)) is not None}
     return GenerationConfig(**({"decoder_start_token_id": model.config.decoder_start_token_id} | tokens))
+
+
+def prefix(prompts: list[str]) -> str | None:
+    """What all prompts begin with, up to its last colon ("summarize: "); None where they share no such beginning."""
+    beginnings = [prompts[0][: colon.end()] for colon in re.finditer(r"[:：]\s*", prompts[0])] if len({*prompts}) > 1 else []
+    return next((text for text in reversed(beginnings) if all(prompt.startswith(text) for prompt in prompts)), None)
 
 
 def encoder_inputs(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:

@@ -215,6 +215,8 @@ def _look_at_data(values, tokenizer, template_options: dict, facts: dict) -> lis
         tokenizer = None
     facts["data"] = {"rows": None, "test_rows": None, "longest_prompt": None}
     facts["data"]["system_prompt"] = first["prompt"][0]["content"] if chat and first["prompt"][0]["role"] == "system" else None
+    if not chat and (facts["model"] or {}).get("encoder_decoder"):
+        facts["data"]["system_prompt"] = encoder_decoder.prefix([row["prompt"] for row in rows[split].take(100)])
     if not values.dataset_streaming:
         used = [rows[one] for one in (split, held_out) if one]
         facts["data"] |= {"rows": len(used[0]), "test_rows": min(len(used[1]), values.eval_rows or len(used[1])) if held_out else None}
