@@ -23,8 +23,7 @@ from quickstart.corpus import posts
 from quickstart.pretrain import make_tokenizer
 
 TAUGHT, ROWS = 3000, {"train": 512, "validation": 128, "test": 128}  # posts for the models, and for the rows: four different draws
-STEPS, COPYING, BATCH, LEARNING_RATE = 500, 400, 16, 2e-3
-LOSSES = []
+STEPS, COPYING, BATCH, LEARNING_RATE = 400, 400, 16, 2e-3
 PREFIX = "summarize: "
 WIDTH, LAYERS, HEADS = 128, 3, 4
 
@@ -80,9 +79,7 @@ def teach(make, output: Path, seed: int) -> None:
             batch = tokenizer([PREFIX + text for text in told], padding=True, padding_side="right", return_tensors="pt")
             gold = tokenizer([_some_of(text, rng) for text in told], padding=True, padding_side="right", return_tensors="pt")
             batch["labels"] = gold["input_ids"].masked_fill(gold["attention_mask"] == 0, -100)
-        loss = model(**batch).loss
-        loss.backward()
-        LOSSES.append(loss.item())
+        model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
