@@ -20,10 +20,10 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedMod
 
 from process_dataset import process
 from quickstart.corpus import posts
-from quickstart.pretrain import LEARNING_RATE, make_tokenizer
+from quickstart.pretrain import make_tokenizer
 
 TAUGHT, ROWS = 3000, {"train": 512, "validation": 128, "test": 128}  # posts for the models, and for the rows: four different draws
-STEPS, COPYING, BATCH = 400, 200, 16
+STEPS, COPYING, BATCH, LEARNING_RATE = 400, 400, 16, 2e-3
 PREFIX = "summarize: "
 WIDTH, LAYERS, HEADS = 128, 3, 4
 
@@ -33,13 +33,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m quickstart.encoder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data"), help="folder for all three (default: data)")
     parser.add_argument("--seed", type=int, default=0, help="of the posts and of the models (default: 0)")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=[*MODELS], help="which models (default: both)")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, make in {"quickstart-t5": _t5, "quickstart-bart": _bart}.items():
+    for kind in args.model:
+        name = f"quickstart-{kind}"
         if not (args.output / name).exists():
             draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=args.output))
             try:
-                teach(make, draft, args.seed)
+                teach(MODELS[kind], draft, args.seed)
                 draft.chmod(0o755)
                 draft.rename(args.output / name)
             finally:
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
             for offset, (split, count) in enumerate(ROWS.items()):
                 lines = map(json.dumps, _articles(count, args.seed + 1_000_000 * (offset + 3)))
                 Path(folder, f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-            process("summarization", folder, data, str(args.output / "quickstart-t5"), 512, None, args.seed, options={"prefix": PREFIX})
+            process("summarization", folder, data, str(args.output / name), 512, None, args.seed, options={"prefix": PREFIX})
 
 
 def teach(make, output: Path, seed: int) -> None:
@@ -70,7 +72,7 @@ def teach(make, output: Path, seed: int) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / (COPYING + STEPS)))
     for step in tqdm(range(COPYING + STEPS), desc="teaching the base model", unit="step"):
         if step < COPYING:
-            ids = torch.randint(3, len(tokenizer), (BATCH, 32))
+            ids = torch.randint(3, len(tokenizer), (64, 8))
             batch = {"input_ids": ids, "labels": ids}
         else:
             told = [row["article"] for row in rng.choices(articles, k=BATCH)]
@@ -116,6 +118,9 @@ def _bart(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
         "pad_token_id": pad,
     }
     return BartForConditionalGeneration(BartConfig(d_model=WIDTH, max_position_embeddings=512, init_std=0.08, dropout=0.0, **sizes, **tokens))
+
+
+MODELS = {"t5": _t5, "bart": _bart}
 
 
 if __name__ == "__main__":

@@ -1,14 +1,9 @@
 """Models with an encoder: what is refused, what is counted, and that the trainer scores and loads them as they are."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, test_data
 from tiny_models import make_encoder_model, make_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -28,7 +23,9 @@ def home(tmp_path_factory):
     for kind in KINDS:
         make_encoder_model(folder / kind, kind)
     make_model(folder / "causal", seed=0)
-    rows = [{"prompt": f"summarize: The cat sat on the {'roof and looked at the moon ' * (number % 4)}.", "reference": "The cat waits."} for number in range(32)]
+    rows = [
+        {"prompt": f"summarize: The cat sat on the {'roof and looked at the moon ' * (number % 4)}.", "reference": "The cat waits."} for number in range(32)
+    ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -42,9 +39,10 @@ def trainer(home, tmp_path, monkeypatch):
         fixed = ["--model_name_or_path", kind, "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.rouge.rouge_reward", "--max_completion_length", "12"]
         argv = [*fixed, "--beta", "0.04", "--output_dir", str(tmp_path / "run"), "--temperature", "0.7", "--num_generations", "4", *flags]
         recipe, args, model = RecipeParser().parse(argv)
+        from trl import get_peft_config
+
         from training.bind import load_rewards
         from training.rows import load_rows
-        from trl import get_peft_config
 
         config = AutoConfig.from_pretrained(kind)
         model.lora_task_type = encoder_decoder.TASK[encoder_decoder.is_encoder_decoder(config)]
@@ -117,7 +115,10 @@ REFUSED = {
     "vLLM": (["--use_vllm", "true"], "use_vllm: t5 has an encoder (t5), and vLLM runs models without one only"),
     "tools": (["--tools", "tools.calculator.calculator"], "tools: t5 has an encoder (t5): a reply is not read again"),
     "chat messages": (["--dataset_name", "chat.jsonl"], "chat.jsonl holds chat messages, and a model with an encoder takes plain-text prompts"),
-    "a LoRA target of another architecture": (["--use_peft", "true", "--lora_target_modules", "q_proj", "v"], "a t5 model has no q_proj; its linear layers are"),
+    "a LoRA target of another architecture": (
+        ["--use_peft", "true", "--lora_target_modules", "q_proj", "v"],
+        "a t5 model has no q_proj; its linear layers are",
+    ),
     "one LoRA target alone": (["--use_peft", "true", "--lora_target_modules", "q"], "q alone is a pattern for a module's whole path"),
     "a tokenizer without a pad token": (["--model_name_or_path", "padless"], "the tokenizer of padless has no pad token"),
 }
