@@ -17,6 +17,7 @@ from chat.checkpoints import find
 from chat.columns import draw
 from chat.gather import gather
 from training.encoder_decoder import prefix
+from training.facts import gather as gather_facts
 
 PREFIX, TOKENS, PLACES = "summarize: ", 24, 40
 CAT = "The cat sat on the mat."
@@ -164,3 +165,11 @@ def test_a_chat_sends_text_behind_what_the_run_put_before_its_prompts(there, cap
 def test_what_stands_before_every_prompt(prompts, found):
     """Up to its last colon."""
     assert prefix(prompts) == found
+
+
+def test_a_run_keeps_what_stands_before_its_prompts(there):
+    """As it keeps a system prompt, so that a chat can put it there too."""
+    facts = gather_facts(
+        ["--model_name_or_path", "t5", "--dataset_name", "rows", "--dataset_train_split", "test", "--reward_funcs", "rewards.rouge.rouge_reward"]
+    )
+    assert facts["data"]["system_prompt"] == PREFIX and facts["problems"] == facts["missing"] == []
