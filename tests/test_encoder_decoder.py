@@ -12,13 +12,13 @@ from training.facts import gather
 from training.recipe import RecipeParser
 from training.trainer import trainer_class
 
-KINDS = ["t5", "bart"]
-TARGETS = {"t5": ["q", "v"], "bart": ["q_proj", "v_proj"]}
+KINDS = ["t5", "mt5", "bart", "pegasus"]
+TARGETS = {"t5": ["q", "v"], "mt5": ["q", "v"], "bart": ["q_proj", "v_proj"], "pegasus": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with t5, bart, a causal model, and rows of unlike length."""
+    """A folder with one of each kind, a causal model, and rows of unlike length."""
     folder = tmp_path_factory.mktemp("encoders")
     for kind in KINDS:
         make_encoder_model(folder / kind, kind)

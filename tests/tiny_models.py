@@ -6,7 +6,7 @@ import torch
 import trl
 from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, Qwen2Config, Qwen2ForCausalLM
 
 from quickstart.pretrain import make_tokenizer
 from training import run_folder
@@ -37,20 +37,20 @@ def make_model(folder: Path, seed: int, template: str = TEMPLATE, context: int =
 
 
 def make_encoder_model(folder: Path, kind: str, places: int = 256) -> None:
-    """Write a t5 or a bart that drops out as the real ones do, large in its weights; places: of bart's encoder and decoder."""
+    """Write a t5, mt5, bart or pegasus that drops out as the real ones do, large in its weights; places: of bart's encoder and decoder."""
     tokenizer = make_tokenizer(TEXTS * 3, "")
     tokenizer.chat_template, end, pad = None, tokenizer.eos_token_id, tokenizer.pad_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)])
     torch.manual_seed(0)
     tokens = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": pad, "d_model": 32}
-    if kind == "t5":
+    if kind in ("t5", "mt5"):
         sizes = {"d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-        model = T5ForConditionalGeneration(T5Config(**tokens, **sizes, decoder_start_token_id=pad))
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **tokens, **sizes, decoder_start_token_id=pad))
     else:
         sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 64), ("attention_heads", 2))}
         drops = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1, "encoder_layerdrop": 0.1}
         other = {"bos_token_id": end, "decoder_start_token_id": end, "forced_eos_token_id": end, "max_position_embeddings": places, "init_std": 0.2}
-        model = BartForConditionalGeneration(BartConfig(**tokens, **sizes, **drops, **other))
+        model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **tokens, **sizes, **drops, **other))
         model.generation_config.update(num_beams=4, min_length=20, no_repeat_ngram_size=3, forced_eos_token_id=end)  # as facebook/bart-large-cnn asks
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
