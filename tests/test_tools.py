@@ -166,11 +166,11 @@ def test_an_environments_methods_are_tools(mine):
     }.values(),
     ids=lambda value: None,
 )
-def test_an_environment_that_cannot_be_used_is_refused(environment, fields, said, mine, qwen):
+def test_an_environment_that_cannot_be_used_is_refused(environment, fields, said, mine):
     """Before anything expensive, as a tool is."""
     recipe = Recipe(**{"environment_factory": environment, "reward_funcs": ["rewards.length.length_reward"]} | fields)
     with pytest.raises(RecipeError, match=re.escape(said)):
-        load_environment(recipe, load_tools(recipe, qwen))
+        load_environment(recipe, load_tools(recipe, None))
 
 
 @pytest.mark.slow
