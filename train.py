@@ -48,12 +48,14 @@ def main(argv: list[str]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options) if recipe.tools or recipe.environment_factory else None
     tools = load_tools(recipe, tokenizer)
     environment, offered = load_environment(recipe, tools)
-    model.lora_task_type = encoder_decoder.TASK[encoder_decoder.is_encoder_decoder(config)]
+    reads = encoder_decoder.is_encoder_decoder(config)
+    model.lora_task_type = encoder_decoder.TASK[reads]
     rows = load_rows(recipe.dataset_name, recipe.dataset_config, recipe.dataset_streaming)
     teaches = recipe.method == "sft"
-    if recipe.dataset_streaming and args.vllm_max_model_length:
+    context = recipe.dataset_streaming and (encoder_decoder.places(config) if reads else args.vllm_max_model_length)
+    if context:
         template = (args.chat_template_kwargs or {}) | template_options(offered, tokenizer)
-        room = args.vllm_max_model_length - args.max_completion_length * (2 if offered else 1)
+        room = context if reads else context - args.max_completion_length * (2 if offered else 1)
         rows = {split: short_prompts(one, model.model_name_or_path, room, **template) for split, one in rows.items()}
     train_rows = rows[recipe.dataset_train_split]
     held_out = rows.get(recipe.dataset_test_split)
