@@ -64,6 +64,8 @@ def compare(args: argparse.Namespace) -> dict:
     chosen, failed = comparison.choose(args.checkpoints, args.base)
     run = next((checkpoint.run for checkpoint in chosen if checkpoint.run), None)
     manner, seed = comparison.decoding(run, args.temperature, args.seed, args.max_new_tokens)
+    if manner.tools and args.engine == "vllm":
+        raise comparison.ComparisonError("--engine vllm: it draws one turn, and the run's tools want several; leave it out, and transformers draws.")
     asked = comparison.Comparison(chosen, comparison.read_rows(args.data, args.splits, args.limit), manner, seed, failed=failed)
     scores = Scores(run, args.rewards, metrics.columns(asked))
     if args.rewards and scores.left_out:
@@ -71,12 +73,20 @@ def compare(args: argparse.Namespace) -> dict:
     comparison.prepare(asked)
     for reason in asked.failed.values():
         print(f"Left out: {reason}", file=sys.stderr, flush=True)
-    engine = args.engine or ("vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "transformers")
+    encoders = [each.name for each in asked.asked if asked.engine.has_encoder(each)]
+    if encoders and args.engine == "vllm":
+        raise comparison.ComparisonError(
+            f"--engine vllm: {', '.join(encoders)} has an encoder, and vLLM runs models without one only; leave it out, and transformers draws."
+        )
+    turn = torch.cuda.is_available() and importlib.util.find_spec("vllm") and not manner.tools and not encoders
+    engine = args.engine or ("vllm" if turn else "transformers")
     drawn = draw(asked, Replies(), engine == "vllm", args.batch_size)
+    how = "greedy" if seed is None else f"temperature {manner.temperature:g}, seed {seed}"
+    tools = ", ".join(name.rpartition(".")[2] for name in manner.tools or [])
     measured = metrics.measure(asked, drawn, scores)
     return {
         "data": args.data,
-        "drawn": f"{'greedy' if seed is None else f'temperature {manner.temperature:g}, seed {seed}'}, {manner.max_new_tokens} tokens at most, by {engine}",
+        "drawn": f"{how}, {manner.max_new_tokens} tokens at most, by {engine}{tools and f', with {tools}'}",
         "checkpoints": [{"name": each.name, "path": each.path, "base": each.base} for each in asked.asked],
         "splits": {split: {"prompts": len(asked.rows[split]), "metrics": statistics.compare(of)} for split, of in measured.items()},
         "method": statistics.METHOD,

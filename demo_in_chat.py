@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
         return write_report(args, columns, run, manner, about, console)
     with console.status("Binding the rewards"):
         scores = Scores(run)
+        if manner.tools:
+            import chat.turns  # noqa: F401  # now, as it takes seconds and writes warnings, which would break a screen that is being redrawn
     notes += scores.left_out
     for note in notes:
         console.print(note, style="yellow", markup=False)

@@ -1,4 +1,4 @@
-"""Train a recipe with GRPO: python train.py --config configs/NAME.yaml [--key value …]
+"""Train a recipe: python train.py --config configs/NAME.yaml [--key value …]
 
 One process without a server when called alone; under `accelerate launch` or `bash launch_train.sh` one of its ranks.
 """
@@ -31,12 +31,12 @@ def main(argv: list[str]) -> int:
     recipe, args, model = RecipeParser().parse(argv)
 
     from accelerate.utils import broadcast_object_list
-    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+    from transformers import AutoConfig, AutoTokenizer, PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from training import run_folder
+    from training import encoder_decoder, run_folder, supervised
     from training.bind import load_rewards
-    from training.bind_tools import load_tools, template_options
+    from training.bind_tools import load_environment, load_tools, template_options
     from training.callbacks import RunLog, print_summary
     from training.guards import Guards, limits
     from training.plots import plot_run
@@ -44,21 +44,27 @@ def main(argv: list[str]) -> int:
 
     state = args.distributed_state
     options = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options) if recipe.tools else None
+    config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **options) if recipe.tools or recipe.environment_factory else None
     tools = load_tools(recipe, tokenizer)
+    environment, offered = load_environment(recipe, tools)
+    reads = encoder_decoder.is_encoder_decoder(config)
+    model.lora_task_type = encoder_decoder.TASK[reads]
     rows = load_rows(recipe.dataset_name, recipe.dataset_config, recipe.dataset_streaming)
-    if recipe.dataset_streaming and args.vllm_max_model_length:
-        template = (args.chat_template_kwargs or {}) | template_options(tools, tokenizer)
-        room = args.vllm_max_model_length - args.max_completion_length * (2 if tools else 1)
+    teaches = recipe.method == "sft"
+    context = recipe.dataset_streaming and (encoder_decoder.places(config) if reads else args.vllm_max_model_length)
+    if context:
+        template = (args.chat_template_kwargs or {}) | template_options(offered, tokenizer)
+        room = context if reads else context - args.max_completion_length * (2 if offered else 1)
         rows = {split: short_prompts(one, model.model_name_or_path, room, **template) for split, one in rows.items()}
     train_rows = rows[recipe.dataset_train_split]
     held_out = rows.get(recipe.dataset_test_split)
     if held_out is not None and recipe.eval_rows:
         held_out = held_out.take(recipe.eval_rows)
-    prompts = args.generation_batch_size // args.num_generations
+    prompts = 1 if teaches else args.generation_batch_size // args.num_generations
     if not recipe.dataset_streaming and len(train_rows) < prompts:
         raise RecipeError(f"dataset_name: {len(train_rows)} prompts, and one generation takes {prompts}: TRL would end after 0 steps.")
-    rewards = load_rewards(recipe, column_names(train_rows), args.reward_weights)
+    rewards = [] if teaches else load_rewards(recipe, column_names(train_rows), args.reward_weights)
 
     name = Path(argv[argv.index("--config") + 1]).stem if "--config" in argv else "flags"
     folder = [args.output_dir or (str(run_folder.new_run(name)) if state.is_main_process else None)]
@@ -75,18 +81,23 @@ def main(argv: list[str]) -> int:
     args.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision, **(args.model_init_kwargs or {})}
     if model.attn_implementation:
         args.model_init_kwargs.setdefault("attn_implementation", model.attn_implementation)
-    guards = Guards(run, limits(recipe.guards, args.beta))
-    trainer = trainer_class(args, recipe)(
-        model=model.model_name_or_path,
-        reward_funcs=rewards,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=held_out if args.eval_strategy != "no" else None,
-        tools=tools or None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-        callbacks=[RunLog(run), guards],
-    )
+    guards = Guards(run, limits(recipe.guards, 0 if teaches else args.beta), judged="loss" if teaches else "reward")
+    rows = {"train_dataset": train_rows, "eval_dataset": held_out if args.eval_strategy != "no" else None}
+    callbacks = [RunLog(run, taught=teaches), guards]
+    if teaches:
+        trainer = supervised.make_trainer(args, model, config, rows, callbacks)
+    else:
+        trainer = trainer_class(args, recipe, config)(
+            model=model.model_name_or_path,
+            reward_funcs=rewards,
+            args=args,
+            **rows,
+            tools=tools or None,
+            environment_factory=environment,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+            callbacks=callbacks,
+        )
     for printed_twice in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printed_twice)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -1,6 +1,7 @@
 """Which checkpoints there are, what each is made of, and how its run spoke to it. Loads no model."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,9 @@ class Manner:
     repetition_penalty: float = 1.0
     max_new_tokens: int = 256
     template_options: dict = field(default_factory=dict)  # chat_template_kwargs of the recipe
+    tools: list[str] | None = None  # by dotted name, with their settings and how often a reply goes on after calls, None being without end
+    tool_kwargs: dict | None = None
+    max_tool_calling_iterations: int | None = None
 
 
 def newest_run(root: Path = run_folder.ROOT) -> Path:
@@ -96,9 +100,9 @@ def told_apart(found: list) -> list:
 
 def locate(name: str, run: Path | None) -> str:
     """The folder or file of a model or dataset as seen from here: a relative path was written where the run was started. A Hub id stays as it is."""
-    if run and not Path(name).is_absolute() and not Path(name).exists():
+    if run and not Path(name).is_absolute() and not os.path.exists(name):  # unlike Path.exists it takes a text of any length
         for start in run.resolve().parents:
-            if (start / name).exists():
+            if os.path.exists(start / name):
                 return str(start / name)
     return name
 
@@ -122,7 +126,10 @@ def manner_of(run: Path | None) -> Manner:
     drawn = {name: values[name] for name in names if values.get(name) is not None}
     system = (values.get("provenance") or {}).get("system_prompt")
     options = values.get("chat_template_kwargs") or {}
-    return Manner(system, max_new_tokens=values["max_completion_length"], template_options=options, **drawn)
+    tools = {name: values.get(name) for name in ("tools", "tool_kwargs", "max_tool_calling_iterations")}
+    for settings in (tools["tool_kwargs"] or {}).values():  # which may name a corpus
+        settings.update({name: locate(value, run) for name, value in settings.items() if isinstance(value, str)})
+    return Manner(system, max_new_tokens=values["max_completion_length"], template_options=options, **drawn, **tools)
 
 
 def _kind(folder: Path) -> str | None:

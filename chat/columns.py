@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from chat.checkpoints import Checkpoint, CheckpointError, Manner
+from rewards.text import reply as reply_text
+from rewards.text import transcript
 
 
 class End(NamedTuple):
@@ -20,6 +22,7 @@ class End(NamedTuple):
     ids: list[int] | None  # its tokens, with that of the turn's end; None where a server keeps them to itself
     tokens: int | None
     cut_off: bool  # it used up all its tokens
+    messages: list[dict] | None = None  # where the model may call tools: what it said and called, and what came back; `text` is the transcript
 
 
 @dataclass
@@ -35,6 +38,17 @@ class Reply:
     seconds: float | None = None  # without loading the model
     problem: str | None = None  # why there is no reply, or only a part of one
     rewards: dict[str, float | None] = field(default_factory=dict)
+    messages: list[dict] | None = None  # as in an End
+
+    @property
+    def said(self) -> list[dict]:
+        """The reply as messages, for the prompt after it."""
+        return self.messages or [{"role": "assistant", "content": self.text}]
+
+    @property
+    def characters(self) -> int:
+        """The length of what the model finally said."""
+        return len(reply_text(self.messages or self.text))
 
 
 class Local:
@@ -46,10 +60,23 @@ class Local:
         self.source = f"{checkpoint.path} on {checkpoint.base}" if checkpoint.base else checkpoint.path
 
     def stream(self, prompt: str | list[dict], manner: Manner, stop: threading.Event | None = None, seed: int | None = None) -> Generator[str, None, End]:
-        """See the head of this file. Raises CheckpointError."""
-        ids = yield from self.engine.stream(self.checkpoint, prompt, manner, stop, seed)
-        text = self.engine.tokenizer(self.checkpoint).decode(ids, skip_special_tokens=True)
-        return End(text, ids, len(ids), len(ids) >= manner.max_new_tokens and ids[-1] not in self.engine.ends(self.checkpoint))
+        """See the head of this file; of a chat a model with an encoder is asked the last message alone, as text behind the system prompt.
+
+        Raises CheckpointError.
+        """
+        if not isinstance(prompt, str) and self.engine.has_encoder(self.checkpoint):
+            prompt = "".join(message["content"] for message in prompt if message["role"] == "system") + prompt[-1]["content"]
+        asked = self.engine.prompt_ids(self.checkpoint, prompt, manner)
+        if manner.tools:
+            from chat import turns
+
+            messages, ids, tokens = yield from turns.stream(self.engine, self.checkpoint, asked, manner, stop, seed)
+            text = transcript(messages)
+        else:
+            ids = yield from self.engine.stream(self.checkpoint, asked, manner, stop, seed)
+            messages, tokens = None, len(ids)
+            text = self.engine.tokenizer(self.checkpoint).decode(ids, skip_special_tokens=True)
+        return End(text, ids, tokens, len(ids) >= manner.max_new_tokens and ids[-1] not in self.engine.ends(self.checkpoint), messages)
 
 
 class Absent:
@@ -70,7 +97,7 @@ def draw(column, prompt: str | list[dict], manner: Manner, stop: threading.Event
     reply, began = Reply(column.name), None
 
     def pieces():
-        reply.text, reply.ids, reply.tokens, reply.cut_off = yield from column.stream(prompt, manner, stop, seed)
+        reply.text, reply.ids, reply.tokens, reply.cut_off, reply.messages = yield from column.stream(prompt, manner, stop, seed)
 
     try:
         for piece in pieces():

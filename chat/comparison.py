@@ -83,6 +83,8 @@ def prepare(comparison: Comparison) -> None:
     A row whose prompt leaves no room for a whole reply in the context of any checkpoint is taken out for all of them: what is compared stays paired.
     Raises ComparisonError where no checkpoint or no row is left.
     """
+    if comparison.manner.tools and any(isinstance(rows["prompt"][0], str) for rows in comparison.rows.values()):
+        raise ComparisonError("--data: plain-text prompts, and the run's tools need chat messages: a prompt as [{role: user, content: …}].")
     comparison.engine = engine = Engine(comparison.asked)
     for checkpoint in list(comparison.asked):
         with dropping(comparison, [checkpoint]):
@@ -99,7 +101,7 @@ def prepare(comparison: Comparison) -> None:
             continue
         tight = min(comparison.asked, key=lambda checkpoint: engine.context(checkpoint) or 10**9)
         said = f"{fits.count(False)} of {len(rows)} prompts of {split} leave no room for a reply of {comparison.manner.max_new_tokens} tokens in a context of "
-        said += f"{engine.context(tight)} ({tight.name})"
+        said += f"{engine.context(tight)}{' each' * engine.has_encoder(tight)} ({tight.name})"
         if not any(fits):
             raise ComparisonError(f"{said}: none is left. Allow fewer: --max_new_tokens.")
         comparison.notes.append(f"{said}: they are left out for all checkpoints.")
@@ -109,7 +111,11 @@ def prepare(comparison: Comparison) -> None:
     first = engine.tokenizer(comparison.asked[0])
     for checkpoint in comparison.asked[1:]:
         other = engine.tokenizer(checkpoint)
-        if other.chat_template != first.chat_template:
+        if engine.has_encoder(checkpoint) != engine.has_encoder(comparison.asked[0]):
+            said = "has an encoder, and {} has none" if engine.has_encoder(checkpoint) else "has no encoder, and {} has one"
+            said = f"{checkpoint.name} {said.format(comparison.asked[0].name)}: each reads the same text, and is compared by its text; "
+            comparison.notes.append(f"{said}their lengths in tokens cannot be compared.")
+        elif other.chat_template != first.chat_template:
             comparison.notes.append(f"{checkpoint.name} has another chat template than {comparison.asked[0].name}: each is asked in its own.")
         elif tokenizer_mark("", other) != tokenizer_mark("", first):
             comparison.notes.append(f"{checkpoint.name} has another tokenizer than {comparison.asked[0].name}: their lengths in tokens cannot be compared.")
@@ -122,8 +128,7 @@ def require(comparison: Comparison) -> None:
 
 
 def _fits(comparison: Comparison, checkpoint: Checkpoint, split: str, row: int) -> bool:
-    context = comparison.engine.context(checkpoint)
-    return not context or len(comparison.prompts[checkpoint][split][row]) + comparison.manner.max_new_tokens <= context
+    return comparison.engine.fits(checkpoint, len(comparison.prompts[checkpoint][split][row]), comparison.manner)
 
 
 @contextmanager

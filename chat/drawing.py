@@ -10,6 +10,7 @@ from chat import offline
 from chat.checkpoints import Checkpoint, CheckpointError
 from chat.comparison import Comparison, dropping, require
 from chat.kept import Replies, mark
+from rewards.text import transcript
 
 
 def draw(comparison: Comparison, store: Replies, with_vllm: bool, batch_size: int) -> dict[Checkpoint, dict[str, list[dict]]]:
@@ -42,6 +43,8 @@ def _questions(comparison: Comparison, checkpoint: Checkpoint, with_vllm: bool) 
     manner, engine = comparison.manner, comparison.engine
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
     decoding = {name: getattr(manner, name) for name in names} | {"seed": comparison.seed, "engine": "vllm" if with_vllm else f"transformers, {engine.device}"}
+    if manner.tools:
+        decoding |= {name: getattr(manner, name) for name in ("tools", "tool_kwargs", "max_tool_calling_iterations")}
     weights = mark(checkpoint, engine)
     questions, before = [], Counter()
     for split, rows in comparison.rows.items():
@@ -63,9 +66,15 @@ def _draw_with_transformers(comparison: Comparison, asked: dict[Checkpoint, list
         with tqdm(total=len(order), desc=checkpoint.name, unit="reply") as bar:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
-                drawn = comparison.engine.replies(checkpoint, [question["prompt_ids"] for question in batch], comparison.manner, batch[0]["seed"])
-                for question, ids in zip(batch, drawn, strict=True):
-                    _keep(comparison, checkpoint, question, ids, not ids or ids[-1] not in ends, store)
+                asked = (checkpoint, [question["prompt_ids"] for question in batch], comparison.manner, batch[0]["seed"])
+                if comparison.manner.tools:
+                    from chat import turns
+
+                    drawn = turns.replies(comparison.engine, *asked)
+                else:
+                    drawn = [(None, ids, None) for ids in comparison.engine.replies(*asked)]
+                for question, (messages, ids, tokens) in zip(batch, drawn, strict=True):
+                    _keep(comparison, checkpoint, question, ids, not ids or ids[-1] not in ends, store, messages, tokens)
                 bar.update(len(batch))
 
 
@@ -79,6 +88,10 @@ def _draw_with_vllm(comparison: Comparison, asked: dict[Checkpoint, list[dict]],
                 _keep(comparison, checkpoint, question, ids, cut_off, store)
 
 
-def _keep(comparison: Comparison, checkpoint: Checkpoint, question: dict, ids: list[int], cut_off: bool, store: Replies) -> None:
-    text = comparison.engine.tokenizer(checkpoint).decode(ids, skip_special_tokens=True)
-    store.add(question | {"reply": text, "reply_ids": ids, "cut_off": cut_off})
+def _keep(
+    comparison: Comparison, checkpoint: Checkpoint, question: dict, ids: list[int], cut_off: bool, store: Replies,
+    messages: list[dict] | None = None, tokens: int | None = None,
+) -> None:  # fmt: skip
+    text = transcript(messages) if messages else comparison.engine.tokenizer(checkpoint).decode(ids, skip_special_tokens=True)
+    kept = {"messages": messages and json.dumps(messages, ensure_ascii=False), "tokens": tokens}
+    store.add(question | kept | {"reply": text, "reply_ids": ids, "cut_off": cut_off})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from chat.checkpoints import Checkpoint, CheckpointError, Manner
-from training import hub
+from training import encoder_decoder, hub
 
 
 class Engine:
@@ -17,39 +17,61 @@ class Engine:
     def __init__(self, checkpoints: list[Checkpoint], device: str | None = None):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.models = {}  # folder or Hub id of a whole model → model, with the adapters that were asked for
-        self.tokenizers, self.configs, self.stops = {}, {}, {}
+        self.tokenizers, self.configs, self.stops, self.templates, self.tools = {}, {}, {}, {}, []
         self.wholes = {checkpoint.base or checkpoint.path for checkpoint in checkpoints}
 
     def prompt_ids(self, checkpoint: Checkpoint, prompt: str | list[dict], manner: Manner, room: bool = True) -> list[int]:
         """The tokens of a prompt (text, or chat messages in the checkpoint's own template), ready for the reply.
 
-        Raises CheckpointError where they and the reply do not fit the model's context; room=False leaves that unchecked.
+        Raises CheckpointError where they and the reply do not fit the model's context, which room=False leaves unchecked, and for messages that it cannot read.
         """
         tokenizer = self.tokenizer(checkpoint)
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
+        elif self.has_encoder(checkpoint):
+            raise CheckpointError(f"{checkpoint.name}: the prompts are chat messages, and {encoder_decoder.PLAIN}")
         elif tokenizer.chat_template is None:
             raise CheckpointError(f"{checkpoint.name}: its tokenizer has no chat template, so it can continue a text and cannot chat.")
         else:
-            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **manner.template_options)["input_ids"]
-        context = self.context(checkpoint)
-        if room and context and len(ids) + manner.max_new_tokens > context:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **self.template(checkpoint, manner))["input_ids"]
+        if room and not self.fits(checkpoint, len(ids), manner):
             raise CheckpointError(
-                f"{checkpoint.name}: the prompt's {len(ids)} tokens and {manner.max_new_tokens} for the reply do not fit its context of {context}; "
-                "shorten the prompt (in a chat /reset does), or allow fewer tokens for the reply."
+                f"{checkpoint.name}: the prompt's {len(ids)} tokens and {manner.max_new_tokens} for the reply do not fit its context of "
+                f"{self.context(checkpoint)}{' each' * self.has_encoder(checkpoint)}; shorten the prompt (in a chat /reset does), "
+                "or allow fewer tokens for the reply."
             )
         return ids
 
+    def template(self, checkpoint: Checkpoint, manner: Manner) -> dict:
+        """What the chat template is given beside the messages: the run's own options, and its tools, which are bound once and serve all checkpoints.
+
+        Raises CheckpointError where a tool cannot be bound, or the template cannot hold calls.
+        """
+        if manner.tools and checkpoint.path not in self.templates:
+            from trl.chat_template_utils import add_response_schema
+
+            from training.bind_tools import load_tools, template_options
+            from training.recipe import Recipe, RecipeError
+
+            tokenizer = self.tokenizer(checkpoint)
+            try:
+                self.tools = self.tools or load_tools(Recipe(tools=manner.tools, tool_kwargs=manner.tool_kwargs), tokenizer)
+                self.templates[checkpoint.path] = template_options(self.tools, tokenizer)
+            except RecipeError as error:
+                raise CheckpointError(f"{checkpoint.name}: {error}") from error
+            if getattr(tokenizer, "response_template", None) is None:
+                add_response_schema(tokenizer)
+        return manner.template_options | self.templates.get(checkpoint.path, {})
+
     def stream(
-        self, checkpoint: Checkpoint, prompt: str | list[dict], manner: Manner, stop: threading.Event | None = None, seed: int | None = None
+        self, checkpoint: Checkpoint, ids: list[int], manner: Manner, stop: threading.Event | None = None, seed: int | None = None
     ) -> Generator[str, None, list[int]]:
-        """The reply, piece by piece as it is drawn, behind an empty piece when the model is loaded; returns its tokens, as `replies` does.
+        """The reply to a prompt (tokens), piece by piece as it is drawn, behind an empty piece when the model is loaded; returns its tokens, as `replies` does.
 
         Setting `stop` ends it after the next token.
         """
         from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-        ids = self.prompt_ids(checkpoint, prompt, manner)
         self.model(checkpoint)  # else its loading would count among the reply's seconds
         yield ""
         left = threading.Event()  # nobody reads on
@@ -94,8 +116,19 @@ class Engine:
         return self.tokenizers[checkpoint.path]
 
     def context(self, checkpoint: Checkpoint) -> int | None:
-        """The most tokens of prompt and reply, from the config alone; None where it does not say."""
+        """The most tokens of prompt and reply, of each of the two for a model with an encoder, from the config alone; None where it does not say."""
+        if self.has_encoder(checkpoint):
+            return encoder_decoder.places(self.config(checkpoint))
         return getattr(self.config(checkpoint).get_text_config(), "max_position_embeddings", None)
+
+    def fits(self, checkpoint: Checkpoint, tokens: int, manner: Manner) -> bool:
+        """Whether there is room for a prompt of so many tokens and a whole reply."""
+        most, reply = self.context(checkpoint), manner.max_new_tokens
+        return not most or (max(tokens, reply) if self.has_encoder(checkpoint) else tokens + reply) <= most
+
+    def has_encoder(self, checkpoint: Checkpoint) -> bool:
+        """Whether it reads plain text, the prompt apart from the reply; no weight is read for it."""
+        return encoder_decoder.is_encoder_decoder(self.config(checkpoint))
 
     def ends(self, checkpoint: Checkpoint) -> set[int]:
         """The tokens that end a turn: the tokenizer's own, as in training, and those of the model's generation config. No weight is read for it.
@@ -125,13 +158,12 @@ class Engine:
     def model(self, checkpoint: Checkpoint):
         """The loaded model that a checkpoint is or stands on; its adapter is attached, not switched on."""
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
         name = checkpoint.base or checkpoint.path
         if name not in self.models:
             self._make_room(name)
             dtype = "auto" if self.device == "cuda" else torch.float32
-            self.models[name] = _load(AutoModelForCausalLM, name, checkpoint, dtype=dtype).to(self.device).eval()
+            self.models[name] = _load(encoder_decoder.model_class(self.config(checkpoint)), name, checkpoint, dtype=dtype).to(self.device).eval()
         model = self.models[name]
         if checkpoint.base and _adapter(checkpoint) not in getattr(model, "peft_config", {}):
             try:
@@ -157,6 +189,11 @@ class Engine:
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        reads = self.has_encoder(checkpoint)
+        if reads:
+            ids, mask = (tensor.to(self.device) for tensor in encoder_decoder.encoder_inputs(prompts, pad).values())
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            base.generation_config = encoder_decoder.plain_generation(base)
         greedy = manner.temperature == 0
         drawing = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if greedy else {
             "do_sample": True, "temperature": manner.temperature, "top_p": manner.top_p, "top_k": manner.top_k or 0, "min_p": manner.min_p,
@@ -169,7 +206,7 @@ class Engine:
                 input_ids=ids, attention_mask=mask, max_new_tokens=manner.max_new_tokens, pad_token_id=pad,
                 eos_token_id=sorted(ends) or None, repetition_penalty=manner.repetition_penalty, **drawing, **options,
             )  # fmt: skip
-        return [_until(row[longest:].tolist(), ends) for row in out]
+        return [_until(row[1 if reads else longest :].tolist(), ends) for row in out]
 
     @contextmanager
     def _switched_to(self, model, checkpoint: Checkpoint):

@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from chat.checkpoints import Checkpoint, CheckpointError, Manner, find, manner_of, newest_run, of_run, told_apart
+from chat.checkpoints import Checkpoint, CheckpointError, Manner, find, manner_of, newest_run, of_run, recipe_values, told_apart
 from chat.columns import Absent, Local
 from chat.served import Served
 from training.run_folder import label
@@ -42,6 +42,13 @@ def gather(names: list[str], base: str | None, servers: list[str], most: int) ->
     manners = [manner_of(run) for run in runs] or [Manner()]
     if any(manner != manners[0] for manner in manners):
         notes.append(f"The runs spoke to their models in different ways; all are asked as {label(runs[0])} did.")
+    if runs and recipe_values(runs[0]).get("environment_factory"):
+        notes.append("The run's environment is not run here: its tools are not offered, and its reward is not given.")
+    if manners[0].tools:
+        notes += [f"{one.name} is asked without the run's tools, which run on this machine alone; name its folder to see it call them."
+                  for one in columns if isinstance(one, Served)]  # fmt: skip
+    if encoders := _encoders(columns):
+        notes.append(f"With an encoder: {', '.join(encoders)}: each prompt is read alone, as text right behind the system prompt; no chat is remembered.")
     notes += _differing_templates(columns)
     return columns, runs[0] if runs else None, manners[0], notes
 
@@ -56,11 +63,21 @@ def _spread(checkpoints: list[Checkpoint], most: int, notes: list[str]) -> list[
     return chosen
 
 
+def _encoders(columns: list) -> list[str]:
+    """The names of local columns with an encoder."""
+    found = []
+    for column in columns:
+        if isinstance(column, Local):
+            with contextlib.suppress(CheckpointError):
+                found += [column.name] * column.engine.has_encoder(column.checkpoint)
+    return found
+
+
 def _differing_templates(columns: list) -> list[str]:
     """A note where the chat templates of local columns differ; what cannot be read is left out, as its column will say so."""
     templates = {}
     for column in columns:
-        if isinstance(column, Local):
+        if isinstance(column, Local) and column.name not in _encoders([column]):
             with contextlib.suppress(CheckpointError):
                 templates[column.name] = column.engine.tokenizer(column.checkpoint).chat_template
     first, *others = templates or [None]

@@ -20,6 +20,8 @@ COLUMNS = pyarrow.schema(
         "reply": pyarrow.string(),
         "reply_ids": pyarrow.list_(pyarrow.int32()),
         "cut_off": pyarrow.bool_(),
+        "messages": pyarrow.string(),  # as JSON, where the model could call tools: calls, results and what was said; `reply` is the transcript
+        "tokens": pyarrow.int32(),  # of reply_ids, those that the model drew: None for all
         "decoding": pyarrow.string(),  # as JSON
     }
 )

@@ -51,9 +51,10 @@ def figures(reply: Reply) -> list[str]:
     """What is known of a reply: its length, rewards and seconds."""
     if reply.seconds is None:
         return []
-    length = f"{len(reply.text)} characters" + (f", {reply.tokens} tokens" if reply.tokens is not None else "")
+    length = f"{reply.characters} characters" + (f", {reply.tokens} tokens" if reply.tokens is not None else "")
     rewards = [f"{name} {number(value)}" for name, value in reply.rewards.items()]
-    return [length, *rewards, f"{reply.seconds:.1f} s" + ", cut off" * reply.cut_off + ", stopped" * reply.stopped]
+    ended = ", ended on a call" * ("tool_calls" in reply.said[-1])  # none was left of its turns, or no room for the result
+    return [length, *rewards, f"{reply.seconds:.1f} s" + ", cut off" * reply.cut_off + ", stopped" * reply.stopped + ended]
 
 
 def number(value: float | None, digits: int = 2) -> str:

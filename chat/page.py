@@ -90,7 +90,8 @@ class Page:
             return
         stop = self.stops[request.session_hash] = threading.Event()
         talk = self._fresh(blind) if blind or talk.blind else talk
-        talk.manner, talk.seed = replace(self.manner, system_prompt=system.strip() or None, temperature=float(temperature)), secrets.randbelow(2**31)
+        talk.manner = replace(self.manner, system_prompt=system if system.strip() else None, temperature=float(temperature))
+        talk.seed = secrets.randbelow(2**31)
         replies = {}
         talk.turns.append((prompt, replies))
         yield {self.box: "", self.hint: "", **self._drawn(talk)}
@@ -109,7 +110,7 @@ class Page:
         messages = [{"role": "system", "content": talk.manner.system_prompt}] if talk.manner.system_prompt else []
         for asked, replies in before:
             if not replies[index].problem and replies[index].text:
-                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": replies[index].text}]
+                messages += [{"role": "user", "content": asked}, *replies[index].said]
         messages.append({"role": "user", "content": prompt})
         reply, told = Reply(self.columns[index].name, stopped=True), 0
         if not stop.is_set():
@@ -118,7 +119,7 @@ class Page:
                     yield reply
                     told = time.monotonic()
         if reply.text and not reply.problem:
-            scores = self.rewards.of([messages], [reply.text], None if reply.ids is None else [reply.ids])
+            scores = self.rewards.of([messages], [reply.messages or reply.text], None if reply.ids is None else [reply.ids])
             reply.rewards = {name: score for name, (score,) in scores.items()}
         yield reply
 

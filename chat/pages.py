@@ -81,7 +81,7 @@ def summary(turns: list[Turn]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for replies in zip(*(turn.replies for turn in turns), strict=True):
         good = [reply for reply in replies if not reply.problem]
-        row = [replies[0].column, f"{len(good)} of {len(turns)}", _mean((len(reply.text) for reply in good), 1), _mean((reply.tokens for reply in good), 1)]
+        row = [replies[0].column, f"{len(good)} of {len(turns)}", _mean((reply.characters for reply in good), 1), _mean((reply.tokens for reply in good), 1)]
         row += [_mean((reply.rewards.get(name) for reply in good), 2) for name in names]
         rows.append([*row, str(sum(reply.cut_off for reply in good)), _mean((reply.seconds for reply in good), 1)])
     return ["checkpoint", "answered", "characters", "tokens", *names, "cut off", "seconds"], rows
@@ -136,8 +136,9 @@ def as_json(turns: list[Turn], manner: Manner, about: dict) -> str:
 def _facts(manner: Manner, about: dict) -> list[str]:
     drawn = "greedy" if manner.temperature == 0 else f"temperature {manner.temperature:g}, top_p {manner.top_p:g}, top_k {manner.top_k}"
     seed = "" if about["seed"] is None else f", seed {about['seed']}"
+    tools = f", tools: {', '.join(manner.tools)}" if manner.tools else ""
     columns = [f"{name}: {source}" for name, source in about["columns"].items()]
-    return [*columns, f"{drawn}{seed}, at most {manner.max_new_tokens} tokens", f"system prompt: {manner.system_prompt or 'none'}", *about["notes"]]
+    return [*columns, f"{drawn}{seed}, at most {manner.max_new_tokens} tokens{tools}", f"system prompt: {manner.system_prompt or 'none'}", *about["notes"]]
 
 
 def _text(reply: Reply) -> str:

@@ -96,7 +96,7 @@ def _score(said: list[tuple[Turn, Reply]], scores: Scores) -> None:
     shared = set.intersection(*(set(turn.columns) for turn, _ in said))
     columns = {name: [turn.columns[name] for turn, _ in said] for name in shared}
     ids = [reply.ids for _, reply in said]
-    found = scores.of([turn.prompt for turn, _ in said], [reply.text for _, reply in said], None if None in ids else ids, columns)
+    found = scores.of([turn.prompt for turn, _ in said], [reply.messages or reply.text for _, reply in said], None if None in ids else ids, columns)
     for name, values in found.items():
         for (_, reply), value in zip(said, values, strict=True):
             reply.rewards[name] = value

@@ -30,20 +30,23 @@ class Scores:
             except Exception as error:  # a reward of the user's own may raise anything while it is imported
                 self.left_out.append(f"{name.rpartition('.')[2]} is not given: {_told(error)}")
 
-    def of(self, prompts: list, texts: list[str], ids: list[list[int]] | None, columns: dict[str, list] | None = None) -> dict[str, list[float | None]]:
+    def of(
+        self, prompts: list, replies: list[str | list[dict]], ids: list[list[int]] | None, columns: dict[str, list] | None = None
+    ) -> dict[str, list[float | None]]:
         """Scores of B replies by reward: a number, or None for a reply that it could not judge.
 
-        prompts: B, as chat messages or as text. ids: the tokens of each reply; None where they are not known, and then a reward that takes them gives None.
+        prompts: B, as chat messages or as text. replies: B, as text, or as messages where the model may call tools. ids: the tokens of each reply;
+        None where they are not known, and then a reward that takes them gives None.
         columns: B values each, as the rows have them.
         """
         columns = {name: values for name, values in (columns or {}).items() if name not in bind.DROPPED}
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if isinstance(prompts[0], list) else texts
+        completions = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in replies] if isinstance(prompts[0], list) else replies
         passed = {"prompts": prompts, "completions": completions, "completion_ids": ids, "trainer_state": None}
         passed |= {"log_extra": lambda column, values: None, "log_metric": lambda name, value: None}
         found = {}
         for reward in list(self.rewards):
             if ids is None and "completion_ids" in inspect.signature(reward).parameters:
-                found[reward.__name__] = [None] * len(texts)
+                found[reward.__name__] = [None] * len(replies)
                 continue
             try:
                 scores = reward(**{**columns, **passed})

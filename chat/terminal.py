@@ -60,23 +60,24 @@ class Chat:
     def _introduction(self) -> str:
         manner = self.manner
         names = ", ".join(reward.__name__ for reward in self.scores.rewards)
+        tools = ", ".join(name.rpartition(".")[2] for name in manner.tools or [])
         return (
             f"{self.about['title']}: {', '.join(column.name for column in self.columns)}\n"
-            f"temperature {manner.temperature:g}, at most {manner.max_new_tokens} tokens; rewards: {names or 'none'}\n"
+            f"temperature {manner.temperature:g}, at most {manner.max_new_tokens} tokens; rewards: {names or 'none'}{tools and f'; tools: {tools}'}\n"
             f"system prompt: {manner.system_prompt or 'none'}\n"
             "/help lists the commands; Ctrl-C ends a reply, Ctrl-D leaves"
         )
 
     def command(self, name: str, value: str = "") -> None:
         """One of the commands of HELP, less /quit."""
-        value = value.strip()
+        system, value = value, value.strip()
         if name == "/help":
             said = HELP
         elif name == "/reset":
             self.histories = [[] for _ in self.columns]
             said = "Forgotten."
         elif name == "/system":
-            self.manner = replace(self.manner, system_prompt=value or None)
+            self.manner = replace(self.manner, system_prompt=system if value else None)  # "summarize: " ends in a space
             self.histories = [[] for _ in self.columns]
             said = f"System prompt: {value or 'none'}. What was said is forgotten."
         elif name == "/temperature":
@@ -140,9 +141,9 @@ class Chat:
                 turn.replies[index] = reply
         if reply.problem and not reply.text:
             return
-        history += [messages[-1], {"role": "assistant", "content": reply.text}]
+        history += [messages[-1], *reply.said]
         with contextlib.suppress(KeyboardInterrupt):  # a judge may take long
-            found = self.scores.of([messages], [reply.text], reply.ids and [reply.ids])
+            found = self.scores.of([messages], [reply.messages or reply.text], reply.ids and [reply.ids])
             reply.rewards = {name: values[0] for name, values in found.items()}
 
 

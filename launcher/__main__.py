@@ -60,6 +60,10 @@ def _launch(options, flags: list[str]) -> int:
         facts["given"] = [key for key in facts["given"] if key in {*named(flags), *before["given"]}]
         if (options.colocate, options.vllm_gpus, options.sync) == (False, 1, None):
             vars(options).update(before["options"])
+    if facts["adapter"] and not options.dry_run:
+        print(f"Merging the adapter {facts['adapter']} into its base, to start from the two as one model: python -m training.merge", flush=True)
+        _run([sys.executable, "-P", "-m", "training.merge", facts["adapter"]], search_path, f"model_name_or_path: {facts['adapter']} could not be merged")
+        facts = _facts(config, flags, search_path)
     prepare = facts["values"].get("prepare")
     own = [line for line in facts["missing"] if line.split(":")[0] in named(flags)]  # which nothing here can make
     if facts["missing"] and prepare and not own and not facts["problems"] and not options.dry_run:

@@ -7,11 +7,15 @@ def context(plan, facts: dict) -> None:
     With tools a later turn asks for a whole max_completion_length on top of what the reply has so far, which may be nearly as much.
     """
     longest, limit = (facts["data"] or {}).get("longest_prompt"), (facts["model"] or {}).get("context")
+    if (facts["model"] or {}).get("encoder_decoder"):
+        return _places(plan, longest, limit)
     reply, context = plan.values["max_completion_length"], plan.values["vllm_max_model_length"]
     asked, field = f"reply {reply}", "max_completion_length"
-    if plan.values["tools"] and plan.values["use_vllm"]:
+    if (plan.values["tools"] or plan.values["environment_factory"]) and plan.values["use_vllm"]:
         asked, field, reply = f"2 × reply {reply} (turns with tools)", "2 × max_completion_length", 2 * reply
-    if not plan.values["use_vllm"]:
+    if plan.values["method"] == "sft":
+        context = longest
+    elif not plan.values["use_vllm"]:
         context = longest and longest + reply
     elif plan.values["dataset_streaming"]:
         if context:
@@ -36,6 +40,29 @@ def context(plan, facts: dict) -> None:
             f"max_completion_length: {context} tokens of prompt and reply, and the model's context is {limit}. "
             f"Lower max_completion_length, or prepare the data with --max_prompt_length {max(1, limit - reply)}."
         )
+
+
+def _places(plan, longest: int | None, limit: int | None) -> None:
+    """The prompt is the encoder's and the reply the decoder's: each has the model's places for itself, where they are counted at all."""
+    reply, of = plan.values["max_completion_length"], f"{limit} places each" if limit else "relative places, no limit"
+    drawn = f", reply {reply} in the decoder" if plan.values["method"] == "grpo" else ""
+    if longest is not None:
+        plan.lines.append(f"context: longest prompt {longest} in the encoder{drawn}; {of}")
+    if limit and longest and longest > limit:
+        plan.problems.append(
+            f"dataset_name: the longest prompt has {longest} tokens, and the encoder takes {limit}. Prepare the data with --max_prompt_length {limit} "
+            "(summarization: --too_long cut shortens the articles, drop leaves them out)."
+        )
+    if limit and drawn and reply > limit:
+        plan.problems.append(f"max_completion_length: {reply} tokens, and the decoder takes {limit}; lower it.")
+
+
+def supervised(plan, facts: dict) -> None:
+    """The batch of a supervised run in one line."""
+    each, accumulate, rows = plan.values["per_device_train_batch_size"], plan.values["gradient_accumulation_steps"], (facts["data"] or {}).get("rows")
+    step = each * plan.ranks * accumulate
+    line = f"batch: {each} rows × {plan.ranks} rank{'s' * (plan.ranks > 1)} × {accumulate} accumulated = {step} rows a step"
+    plan.lines.append(line if rows is None else f"{line}; {rows} rows = {-(-rows // step)} steps an epoch")
 
 
 def batch(plan, facts: dict) -> None:
@@ -74,7 +101,7 @@ def batch(plan, facts: dict) -> None:
 def evaluation(plan, facts: dict) -> None:
     """The same arithmetic for held-out prompts, where the recipe asks for evaluation."""
     values, rows = plan.values, (facts["data"] or {}).get("test_rows")
-    if values["eval_strategy"] == "no":
+    if values["eval_strategy"] == "no" or values["method"] == "sft":
         return
     group, each = values["num_generations_eval"] or values["num_generations"], values["per_device_eval_batch_size"]
     batch = each * plan.ranks

@@ -40,7 +40,8 @@ def check(plan, facts: dict, accelerate: dict, trainers: list[dict], servers: li
     parameters, values = facts["model"]["parameters"], plan.values
     sharded = "deepspeed_config" in accelerate
     offload = sharded and accelerate["deepspeed_config"].get("offload_optimizer_device", "none") != "none"
-    kind = {"lora": values["use_peft"], "reference": values["beta"] != 0, "sharded": sharded, "width": _width(values, sharded, on_cpu=not trainers)}
+    reference, width = values["beta"] != 0 and values["method"] == "grpo", _width(values, sharded, on_cpu=not trainers)
+    kind = {"lora": values["use_peft"], "reference": reference, "sharded": sharded, "width": width}
     parts = states(parameters, plan.ranks, offload=offload, **kind)
     shared = values["vllm_gpu_memory_utilization"] if trainers and values["use_vllm"] and not servers else 0
     if trainers:

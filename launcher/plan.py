@@ -59,12 +59,13 @@ def make_plan(facts: dict, recipe: str, options, flags: list[str], gpus: list[di
     if not plan.values:
         return plan
     quantized = plan.values["load_in_4bit"] or plan.values["load_in_8bit"]
+    supervised, encoder = plan.values["method"] == "sft", bool((facts["model"] or {}).get("encoder_decoder"))
     parallel = plan.values["parallel"] or ("ddp" if quantized else "zero3")
     accelerate = yaml.safe_load((HOME / f"{parallel}.yaml").read_text(encoding="utf-8"))
     cpus, ram = hardware.find_cpus()
     half = max(1, len(cpus) // 2)
 
-    wants_server = plan.values["use_vllm"] or not ("use_vllm" in plan.given or quantized)
+    wants_server = plan.values["use_vllm"] or not ("use_vllm" in plan.given or quantized or supervised or encoder)
     colocate = options.colocate or (plan.values["vllm_mode"] == "colocate" and "vllm_mode" in plan.given)
     if options.colocate and not gpus:
         plan.problems.append("--colocate: there is no GPU to share; without it the server runs beside the trainer on the CPU.")
@@ -85,7 +86,10 @@ def make_plan(facts: dict, recipe: str, options, flags: list[str], gpus: list[di
 
     why = f"{len(gpus)} GPUs" if len(gpus) != 1 else "1 GPU"
     plan.fill("parallel", parallel, "ZeRO-3 cannot shard quantised weights" if quantized else why)
-    plan.fill("use_vllm", wants_server, "TRL cannot give quantised weights to vLLM" if quantized else why)
+    cannot = "nothing is generated" if supervised else "vLLM runs no models with an encoder" if encoder else "TRL cannot give quantised weights to vLLM"
+    plan.fill("use_vllm", wants_server, cannot if quantized or supervised or encoder else why)
+    if options.colocate and (supervised or encoder):
+        plan.problems.append(f"--colocate: {cannot}; leave it out: every device trains.")
     plan.fill("use_cpu", not gpus, why)
     if not gpus and plan.values["dtype"] in ("bfloat16", "float16"):
         plan.fill("dtype", "float32", "without a GPU trainer and server compute in it")
@@ -110,13 +114,14 @@ def make_plan(facts: dict, recipe: str, options, flags: list[str], gpus: list[di
         if "vllm_server_timeout" not in plan.given:
             plan.fill("vllm_server_timeout", SERVER_TIMEOUT, why)
     arithmetic.context(plan, facts)
-    arithmetic.batch(plan, facts)
+    (arithmetic.supervised if supervised else arithmetic.batch)(plan, facts)
     arithmetic.evaluation(plan, facts)
     memory.check(plan, facts, accelerate, trainers, servers, ram)
 
     devices = ", ".join(f"GPU {gpu['id']}" for gpu in trainers) or "the CPU"
     where = ", ".join(f"GPU {gpu['id']}" for gpu in servers) or "the CPU"
     place = f"vLLM server on {where}" if dedicated else "vLLM inside each rank (colocate)" if wants_server else "generation by transformers"
+    place = "supervised, nothing is generated" if supervised else f"{place} on each, as the model has an encoder" if encoder else place
     plan.layout = f"{plan.ranks} {'ZeRO-3' if parallel == 'zero3' else 'DDP'} rank{'s' * (plan.ranks > 1)} on {devices}; {place}"
 
     accelerate |= {"num_processes": plan.ranks, "main_process_port": rendezvous}

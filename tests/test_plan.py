@@ -79,6 +79,14 @@ def test_what_the_machine_changes_is_said(resolved, make_plan):
     assert "bf16: True → False (0 GPUs)" in made.lines
 
 
+@pytest.mark.parametrize("given", [{"tools": ["tools.calculator.calculator"]}, {"environment_factory": "game.Game"}], ids=lambda given: next(iter(given)))
+def test_a_later_turn_needs_room_for_a_whole_reply_more(given, resolved, make_plan):
+    """With tools or an environment the server's context is the prompt and twice the reply."""
+    facts = resolved("tldr_length")
+    facts["given"].remove("vllm_max_model_length")
+    assert make_plan(facts, 4, 80, given=given).values["vllm_max_model_length"] == 768 + 2 * 256
+
+
 def test_the_server_must_divide_the_heads(resolved, make_plan):
     """Tensor parallelism splits attention heads."""
     facts = resolved("tldr_length")

@@ -14,11 +14,13 @@ import pytest
 import trl
 import yaml
 from conftest import ROOT, marked, test_data
+from tiny_models import make_model
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
 from rewards.text import tool_calls, transcript
-from training.bind_tools import load_tools, template_options
+from training.bind import load_rewards
+from training.bind_tools import load_environment, load_tools, template_options
 from training.recipe import Recipe, RecipeError
 
 MINE = '''
@@ -52,6 +54,49 @@ def made(*, unit: str = "C", tokenizer=None):
 
 class weather:
     pass
+
+
+class Game:
+    """A number to find."""
+
+    def reset(self, **row):
+        self.tries = 0
+
+    def guess(self, number: int) -> str:
+        """Guess the number.
+
+        Args:
+            number: From 1 to 9.
+        """
+        self.tries += 1
+        return "lower"
+
+    def _hidden(self):
+        return 5
+
+
+class Rated(Game):
+    def get_reward(self):
+        return -float(self.tries)
+
+
+class Needy(Game):
+    def __init__(self, size):
+        pass
+
+
+class Undescribed(Game):
+    def look(self, where):
+        return "here"
+
+
+def guess(number: int) -> str:
+    """Guess.
+
+    Args:
+        number: From 1 to 9.
+    """
+    return "lower"
 '''
 
 
@@ -99,6 +144,48 @@ def test_what_cannot_be_bound_is_refused(tools, settings, said, mine, qwen):
     """Before anything expensive, naming the tool and what to do."""
     with pytest.raises(RecipeError, match=re.escape(said)):
         load_tools(Recipe(tools=tools, tool_kwargs=settings), qwen)
+
+
+def test_an_environments_methods_are_tools(mine):
+    """All public ones but reset and get_reward, beside the recipe's own; and an environment that rates replies is reward enough."""
+    recipe = Recipe(tools=["mine_tools.plain"], environment_factory="mine_tools.Rated")
+    make, tools = load_environment(recipe, load_tools(recipe, None))
+    assert [tool.__name__ for tool in tools] == ["plain", "guess"] and load_rewards(recipe) == []
+    assert hasattr(make(), "get_reward") and load_environment(Recipe(tools=["mine_tools.plain"]), tools) == (None, tools)
+
+
+@pytest.mark.parametrize(
+    ("environment", "fields", "said"),
+    {
+        "no such class": ("mine_tools.Gmae", {}, "environment_factory: mine_tools.Gmae: "),
+        "one that wants arguments": ("mine_tools.Needy", {}, "mine_tools.Needy() does not work, and is called without arguments: TypeError"),
+        "no reset": ("mine_tools.weather", {}, "mine_tools.weather has no method `reset(**row)`"),
+        "a method without hints": ("mine_tools.Undescribed", {}, "environment_factory: mine_tools.Undescribed.look: "),
+        "a tool of the same name": ("mine_tools.Game", {"tools": ["mine_tools.guess"]}, "mine_tools.Game and tools both have guess"),
+        "no reward at all": ("mine_tools.Game", {"reward_funcs": []}, "reward_funcs: give at least one, or give mine_tools.Game a method `get_reward()`"),
+    }.values(),
+    ids=lambda value: None,
+)
+def test_an_environment_that_cannot_be_used_is_refused(environment, fields, said, mine):
+    """Before anything expensive, as a tool is."""
+    recipe = Recipe(**{"environment_factory": environment, "reward_funcs": ["rewards.length.length_reward"]} | fields)
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_environment(recipe, load_tools(recipe, None))
+
+
+@pytest.mark.slow
+def test_an_environment_is_trained_in(mine, tmp_path, monkeypatch):
+    """One process of train.py: the row reaches reset, calls reach the object of their reply, and its reward is logged under its class."""
+    make_model(tmp_path / "model", 0)
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps({"prompt": [{"role": "user", "content": "Guess."}]})] * 4))
+    monkeypatch.chdir(tmp_path)
+    recipe = {"model_name_or_path": "model", "dataset_name": "rows.jsonl", "environment_factory": "mine_tools.Rated", "max_completion_length": 8}
+    recipe |= {"num_generations": 2, "per_device_train_batch_size": 4, "max_steps": 1, "max_tool_calling_iterations": 1}
+    (tmp_path / "game.yaml").write_text(yaml.safe_dump(recipe))
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--config", "game.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [json.loads(line) for line in (tmp_path / "trainOutput/game/1/metrics.jsonl").read_text().splitlines()]
+    assert line["rewards/Rated/mean"] == line["reward"] == 0 and line["tools/call_frequency"] == 0
 
 
 def test_a_template_that_cannot_hold_calls_is_refused_with_those_that_can(qwen):

@@ -21,7 +21,7 @@ def load_rewards(recipe: Recipe, columns: list[str] | None = None, weights: list
     columns: the dataset's, so that a reward that needs one that is missing is refused here; None leaves that unchecked.
     Raises RecipeError naming the reward: unknown name, unknown option, two of one name, no **kwargs, a column missing.
     """
-    if not recipe.reward_funcs:
+    if not recipe.reward_funcs and not recipe.environment_factory:
         raise RecipeError("reward_funcs: give at least one, for example rewards.length.length_reward.")
     options = dict(recipe.reward_kwargs or {})
     rewards = [_bind(name, options, columns) for name in recipe.reward_funcs]

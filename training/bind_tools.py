@@ -39,11 +39,41 @@ def _bind(name: str, settings: dict, tokenizer: PreTrainedTokenizerBase) -> Call
         tool = _set(name, tool, {p.name: p.default for p in parameters}, settings.pop(tool.__name__, {}), tokenizer)
     elif tool.__name__ in settings:
         raise RecipeError(f"tool_kwargs: {name} has no settings; all its parameters are the model's to fill in.")
+    return _described(f"tools: {name}", tool)
+
+
+def _described(what: str, tool: Callable) -> Callable:
     try:
         get_json_schema(tool)
     except Exception as error:  # transformers has several for what it cannot describe
-        raise RecipeError(f"tools: {name}: {str(error).strip() or error!r} The model reads type hints and a docstring in Google's style.") from None
+        raise RecipeError(f"{what}: {str(error).strip() or error!r} The model reads type hints and a docstring in Google's style.") from None
     return tool
+
+
+def load_environment(recipe: Recipe, tools: list[Callable]) -> tuple[Callable | None, list[Callable]]:
+    """(the recipe's environment, `tools` and those of one of its objects, as TRL finds them); (None, `tools`) where it has none.
+
+    Raises RecipeError: no such class, one that cannot be made without arguments, without `reset`, or with a tool that cannot be described or told apart.
+    """
+    name = recipe.environment_factory
+    if not name:
+        return None, tools
+    make = find(name, "environment_factory")
+    try:
+        made = make()
+    except Exception as error:
+        raise RecipeError(f"environment_factory: {name}() does not work, and is called without arguments: {type(error).__name__}: {error}") from error
+    methods = dict(inspect.getmembers(type(made), inspect.isfunction))
+    if not recipe.reward_funcs and "get_reward" not in methods:
+        raise RecipeError(f"reward_funcs: give at least one, or give {name} a method `get_reward()`.")
+    if "reset" not in methods:
+        raise RecipeError(f"environment_factory: {name} has no method `reset(**row)`, which begins every reply with the columns of its row.")
+    offered = [method for method in methods if not method.startswith("_") and method not in ("reset", "get_reward")]
+    if twice := {tool.__name__ for tool in tools} & {*offered}:
+        raise RecipeError(f"environment_factory: {name} and tools both have {', '.join(twice)}; the model could not tell them apart. Rename one of them.")
+    if not offered:
+        raise RecipeError(f"environment_factory: {name} has no public method beside reset and get_reward, so the model could call nothing.")
+    return make, [*tools, *(_described(f"environment_factory: {name}.{method}", getattr(made, method)) for method in offered)]
 
 
 def _set(name: str, make: Callable, settable: dict, given: dict, tokenizer: PreTrainedTokenizerBase) -> Callable:

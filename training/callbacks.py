@@ -24,6 +24,7 @@ COLUMNS = [  # metric, label, format
     ("entropy", "entropy", "{:.2f}"),
     ("step_time", "", "{:.1f} s"),
 ]
+TAUGHT = [("loss", "loss", "{:.3f}"), ("mean_token_accuracy", "right tokens", "{:.0%}"), ("grad_norm", "gradient norm", "{:.2f}")]  # of a supervised run
 SUMMARY = [
     *("reward", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "grad_norm"),
     *("tools/call_frequency", "tools/failure_frequency", "tools/turns", "tools/tokens"),  # where the recipe has tools
@@ -33,8 +34,8 @@ SUMMARY = [
 class RunLog(TrainerCallback):
     """Writes metrics.jsonl, one line a logged step, and prints the console line. Acts on the main rank alone."""
 
-    def __init__(self, run: Path):
-        self.run = run
+    def __init__(self, run: Path, taught: bool = False):
+        self.run, self.taught = run, taught  # taught: a supervised run, which has a loss in place of a reward
         self.began = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -50,9 +51,9 @@ class RunLog(TrainerCallback):
             return
         with open(self.run / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
-        if "reward" in logs:
+        if "reward" in logs or ("loss" in logs and self.taught):
             print(self._line(state, logs), flush=True)
-        elif "eval_reward" in logs:
+        elif "eval_reward" in logs or "eval_loss" in logs:
             print(self._held_out(state, logs), flush=True)
 
     def on_save(self, args, state, control, **kwargs):
@@ -61,7 +62,8 @@ class RunLog(TrainerCallback):
             point(self.run / BEST, Path(state.best_model_checkpoint))
 
     def _line(self, state, logs) -> str:
-        shown = [f"{label} {form.format(logs[name])}".strip() for name, label, form in COLUMNS if logs.get(name) is not None]
+        columns = TAUGHT if self.taught else COLUMNS
+        shown = [f"{label} {form.format(logs[name])}".strip() for name, label, form in columns if logs.get(name) is not None]
         began, first = self.began
         left = (state.max_steps - state.global_step) * (time.monotonic() - began) / max(1, state.global_step - first)
         width = len(str(state.max_steps))
@@ -70,7 +72,7 @@ class RunLog(TrainerCallback):
     @staticmethod
     def _held_out(state, logs) -> str:
         means = {name.split("/")[1]: value for name, value in logs.items() if name.startswith("eval_rewards/") and name.endswith("/mean")}
-        shown = {"reward": logs["eval_reward"], **means}
+        shown = {"reward": logs["eval_reward"], **means} if "eval_reward" in logs else {"loss": logs["eval_loss"]}
         return f"held out at step {state.global_step}:  " + "  ".join(f"{name} {value:+.3f}" for name, value in shown.items() if value is not None)
 
 
@@ -112,10 +114,13 @@ def sample_printer(every: int) -> Callable:
 
 def first_and_last(run: Path) -> list[tuple[str, float, float]]:
     """Of every component of the reward and every figure that is watched: its name, its mean over the first three steps and over the last five."""
-    lines = [line for line in read_metrics(run) if "reward" in line]
+    logged = read_metrics(run)
+    lines = [line for line in logged if "reward" in line]
     components = sorted(name for name in lines[-1] if name.startswith("rewards/") and name.endswith("/mean")) if lines else []
+    watched = [*components, *SUMMARY] if lines else [name for name, *_ in TAUGHT]
+    lines = lines or [line for line in logged if "loss" in line]
     rows = []
-    for name in [*components, *SUMMARY]:
+    for name in watched:
         ends = [[line[name] for line in part if line.get(name) is not None] for part in (lines[:3], lines[-5:])]
         if all(ends):
             rows.append((name, *(sum(values) / len(values) for values in ends)))

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rewards.text import reply, words
 from training.callbacks import first_and_last, shorten
+from training.encoder_decoder import saved
 from training.plots import plot_run
 from training.run_folder import FINAL, label
 
@@ -38,13 +39,14 @@ def write_card(folder: Path, hub_id: str | None = None) -> None:
     text = (run / "recipe.yaml").read_text(encoding="utf-8")
     values, chosen = yaml.safe_load(text), yaml.safe_load(text.partition("\n# By default")[0])
     base, data, adapter = values["model_name_or_path"], values["dataset_name"], (folder / "adapter_config.json").exists()
+    encoder, rewarded = saved(folder), values.get("method") != "sft"
     header = ModelCardData(
         base_model=base if _on_hub(base) else None,
         base_model_relation=("adapter" if adapter else "finetune") if _on_hub(base) else None,
         datasets=[data] if _on_hub(data) else None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["trl", "grpo", *(["lora"] if adapter else [])],
+        pipeline_tag="summarization" if encoder else "text-generation",
+        tags=["trl", "grpo" if rewarded else "sft", *(["lora"] if adapter else [])],
     )
     samples, chat = _samples(run / "completions")
     system, versions = values["provenance"]["system_prompt"], values["provenance"]["versions"]
@@ -63,12 +65,15 @@ def write_card(folder: Path, hub_id: str | None = None) -> None:
         curves=curves,
         samples=samples,
         place=hub_id or _public(f"{values['output_dir']}/{FINAL}"),
-        prompt=json.dumps(messages if chat else "…", ensure_ascii=False),
+        prompt=json.dumps(messages if chat and not encoder else "…", ensure_ascii=False),
         limit=values["max_completion_length"],
         adapter=adapter,
+        encoder=encoder,
+        rewarded=rewarded,
         rewards=[
             (_public(name), weight, ", ".join(f"{key}: {value}" for key, value in _public(options.get(name.split(".")[-1], {})).items()))
             for name, weight in zip(values["reward_funcs"], weights, strict=True)
+            if rewarded
         ],
         recipe=_fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "yaml"),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -56,8 +56,8 @@ class Guards(TrainerCallback):
     `stopped` is that message, or None.
     """
 
-    def __init__(self, run: Path, limits: dict[str, dict]):
-        self.run, self.limits = run, limits
+    def __init__(self, run: Path, limits: dict[str, dict], judged: str = "reward"):
+        self.run, self.limits, self.judged = run, limits, judged  # judged: the figure by which a line to look at is known
         self.outside = {}  # metric → the steps in a row in which it was outside
         self.bad = set()  # every step in which one was
         self.stopped = None
@@ -67,7 +67,7 @@ class Guards(TrainerCallback):
             (self.run / STOPPED).unlink(missing_ok=True)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "reward" not in logs or "train_runtime" in logs or self.stopped:
+        if self.judged not in logs or "train_runtime" in logs or self.stopped:
             return
         wrong = {name: f"{name} is {logs[name]}" for name in FINITE if not math.isfinite(logs.get(name) or 0)}
         fatal = list(wrong.values())

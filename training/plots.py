@@ -27,6 +27,7 @@ PANELS = {  # metric → title with unit
     "tools/turns": "the model's turns a reply",
     "tokens_per_second": "tokens per second",
 }
+TAUGHT = {"loss": "loss (nats per token)", "mean_token_accuracy": "right tokens (share)"}  # of a supervised run; a rewarded one's loss says nothing
 # Runs differ in dash, marker and lightness, so that they can be told apart without colour too.
 STYLES = list(zip(["black", "#d55e00", "#0072b2", "#56b4e9", "#999999"], ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1))], "osD^v", strict=True))
 HELD_OUT = {"linestyle": (0, (1, 2)), "markerfacecolor": "white"}
@@ -101,6 +102,7 @@ def _panels(curves: list[dict]) -> dict[str, str]:
         titles = {"reward": f"reward ({rewards[0].split('/')[1]})"}
     else:
         titles = {"reward": "reward (weighted sum)"} | {name: name.split("/")[1] for name in rewards}
+    titles = titles if {"reward", "eval_reward"} & logged else TAUGHT
     return {metric: title for metric, title in (titles | PANELS).items() if {metric, f"eval_{metric}"} & logged}
 
 

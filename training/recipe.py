@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import difflib
 import enum
 import json
@@ -15,7 +16,10 @@ from typing import Literal
 
 import torch
 import yaml
-from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+from transformers import Seq2SeqTrainingArguments
+from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from training import merge
 
 # Fields that TRL keeps as free text and reads only when training has begun.
 CHOICES = {
@@ -33,6 +37,9 @@ CPU = {"use_cpu": True, "bf16": False}
 MAPPINGS = ("reward_kwargs", "tool_kwargs", "guards", "provenance")  # a flag gives them as JSON; everybody else sees a dict
 
 
+SUPERVISED_LOSSES = ["nll", "dft", "chunked_nll"]
+
+
 class RecipeError(ValueError):
     """A recipe that cannot run: says the file, the field, the value and what to do."""
 
@@ -44,6 +51,13 @@ class Recipe(ScriptArguments):
     dataset_name (TRL's) is a Hub id, a prepared folder such as data/tldr, or one jsonl, json, csv or parquet file.
     """
 
+    method: Literal["grpo", "sft"] = field(
+        default="grpo",
+        metadata={
+            "help": "grpo rewards what the model writes; sft (supervised) teaches it the column `reference` word by word, as a warm-up say. A run "
+            "of either starts from the final checkpoint of the other. Rewards of a supervised recipe are those by which chat and comparison score."
+        },
+    )
     reward_funcs: list[str] = field(
         default_factory=list,
         metadata={
@@ -62,6 +76,10 @@ class Recipe(ScriptArguments):
     tool_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "Settings of the tools, by function name: {search: {corpus: data/search_qa/corpus.jsonl, k: 3}}; the model does not see them."},
+    )
+    environment_factory: str | None = field(
+        default=None,
+        metadata={"help": "Class by dotted name: an object for each reply; reset(**row) begins it, public methods are tools, get_reward() may rate it."},
     )
     guards: dict | str | None = field(
         default=None,
@@ -100,6 +118,13 @@ class Recipe(ScriptArguments):
         default=None,
         metadata={"help": "Written by the launcher into a run's recipe.yaml: versions, commit, system prompt."},
     )
+
+
+@dataclass
+class SupervisedConfig(SFTConfig, Seq2SeqTrainingArguments):
+    """Arguments of a supervised run, whichever of the two trainers a model needs. What a recipe can set of them are the fields that GRPOConfig has too."""
+
+    max_length: int | None = None  # nothing is cut: what is too long is refused, or left out by process_dataset.py
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -147,22 +172,27 @@ class RecipeParser(TrlParser):
         machine = {} if torch.cuda.is_available() or not adapt else {key: value for key, value in CPU.items() if key not in flags}
         self.set_defaults_with_config(**{**DEFAULTS, **config, **machine})
         values, unknown = self.parse_known_args(argv)
+        supervised = values.method == "sft"
+        if supervised:
+            self.set_defaults_with_config(**{**_supervised_defaults(), **DEFAULTS, **config, **machine})
+            values, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"unknown flag {unknown[0]}{self._nearest(unknown[0].lstrip('-'), '--')}")
-        for name, allowed in CHOICES.items():
+        for name, allowed in (CHOICES | ({"loss_type": SUPERVISED_LOSSES} if supervised else {})).items():
             if getattr(values, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if isinstance(choice, str))
                 raise RecipeError(f"{path or 'flags'}: {name}: {getattr(values, name)!r} is none of {choices}.")
         for name in MAPPINGS:
             vars(values)[name] = _mapping(path, name, getattr(values, name))
+        values.model_name_or_path = values.model_name_or_path and merge.start(values.model_name_or_path)
         flags = {name.removeprefix("no_") if name not in self.known else name for name in flags}
         return values, sorted((set(config) | flags) & set(self.known))
 
-    def parse(self, argv: list[str]) -> tuple[Recipe, GRPOConfig, ModelConfig]:
-        """The dataclasses of a run. Builds GRPOConfig, so it must run with the run's own number of ranks."""
+    def parse(self, argv: list[str]) -> tuple[Recipe, GRPOConfig | SupervisedConfig, ModelConfig]:
+        """The dataclasses of a run. Builds GRPOConfig or SupervisedConfig, so it must run with the run's own number of ranks."""
         values, _ = self.read(argv)
         self.require_model_and_rows(values)
-        recipe, args, model = (build(kind, values) for kind in self.dataclass_types)
+        recipe, args, model = (build(kind, values) for kind in (Recipe, arguments_class(values), ModelConfig))
         args.output_dir = values.output_dir  # None where nobody named a folder: transformers would put one of its own
         return recipe, args, model
 
@@ -222,10 +252,30 @@ def _mapping(path: str | None, name: str, value: dict | str | None) -> dict | No
     return value
 
 
+def arguments_class(values: argparse.Namespace) -> type:
+    """Which of TRL's arguments a recipe's method takes."""
+    return SupervisedConfig if values.method == "sft" else GRPOConfig
+
+
 def build(kind: type, values: argparse.Namespace, **changes):
     """One of the dataclasses from the values that belong to it."""
-    names = kind.__dataclass_fields__
-    return kind(**{**{name: getattr(values, name) for name in names if names[name].init}, **changes})
+    names = [name for name, one in kind.__dataclass_fields__.items() if one.init]
+    given = {name: getattr(values, name) for name in names if hasattr(values, name)}
+    return kind(**given | {name: value for name, value in changes.items() if name in names})
+
+
+def only_for_rewards(values: argparse.Namespace) -> list[str]:
+    """Fields that say how to draw or to reward replies and do not stand at their default; the longest reply is what chat and comparison draw."""
+    theirs, defaults = SFTConfig.__dataclass_fields__, RecipeParser().read([], adapt=False)[0]
+    names = [name for name in GRPOConfig.__dataclass_fields__ if name not in theirs and name not in ("max_completion_length", "use_vllm")]
+    return [name for name in [*names, "tools", "environment_factory"] if getattr(values, name) != getattr(defaults, name)]
+
+
+def _supervised_defaults() -> dict:
+    """TRL's own for the fields that both kinds of arguments have: another learning rate and loss, mainly."""
+    theirs = SFTConfig.__dataclass_fields__
+    shared = [one for one in dataclasses.fields(GRPOConfig) if one.name in theirs and one.default is not dataclasses.MISSING]
+    return {one.name: theirs[one.name].default for one in shared if theirs[one.name].default != one.default}
 
 
 def plain(value):

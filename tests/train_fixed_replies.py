@@ -1,0 +1,16 @@
+"""train.py where a reply is a function of its prompt and of its place in its group, so that any number of ranks trains on the same replies."""
+
+import sys
+
+import train
+from training.encoder_decoder import EncoderDecoder
+
+
+def replies(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+    """Between 5 and 12 tokens each."""
+    ends = self.eos_token_ids
+    return [[3 + (7 * at + 13 * place + sum(ids)) % 250 for place in range(4 + at % num_generations)] + ends for at, ids in enumerate(prompt_ids)], None
+
+
+EncoderDecoder._generate_single_turn = replies
+train.main(sys.argv[1:])
