@@ -7,6 +7,8 @@ import torch
 from tiny_models import make_encoder_model, make_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from trl.trainer import grpo_trainer
+
 from training import encoder_decoder
 from training.facts import gather
 from training.recipe import RecipeParser
@@ -34,6 +36,7 @@ def home(tmp_path_factory):
 def trainer(home, tmp_path, monkeypatch):
     """trainer(kind, *flags) → the trainer that train.py would build, in this process."""
     monkeypatch.chdir(home)
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", grpo_trainer.create_model_from_path)  # what is rebound is put back
 
     def make(kind: str, *flags: str):
         fixed = ["--model_name_or_path", kind, "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.rouge.rouge_reward", "--max_completion_length", "12"]
