@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_models import make_encoder_model, make_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
-
 from trl.trainer import grpo_trainer
 
 from training import encoder_decoder
