@@ -155,7 +155,7 @@ def test_grpo_goes_on_from_the_adapter(taught, home):
     base = AutoModelForSeq2SeqLM.from_pretrained(home / "t5")
     assert not torch.equal(merged.encoder.block[0].layer[0].SelfAttention.q.weight, base.encoder.block[0].layer[0].SelfAttention.q.weight)
     line = json.loads((home / "grpo/metrics.jsonl").read_text().splitlines()[0])
-    assert line["kl"] == 0 and "model_name_or_path: lora/final-checkpoint/merged" in (home / "grpo/recipe.yaml").read_text()
+    assert abs(line["kl"]) < 1e-9 and "model_name_or_path: lora/final-checkpoint/merged" in (home / "grpo/recipe.yaml").read_text()
 
 
 @pytest.mark.slow
