@@ -1,7 +1,7 @@
-"""Base → supervised LoRA → GRPO with LoRA → GRPO, and the table of all four: python -m quickstart.summaries [--seed N] [--model t5|bart] [--output FOLDER]
+"""Base → supervised LoRA → GRPO with LoRA behind it; base → GRPO; and the table of all four: python -m quickstart.summaries [--seed N] [--model t5|bart]
 
-Further --key value go to all three runs, of which both that are rewarded start from the supervised one. Each step is a command of this project, printed
-before it runs. What is there is not made again: the same command goes on where it was stopped. Needs no GPU and no network.
+Further --key value go to all three runs. Each step is a command of this project, printed before it runs. What is there is not made again: the same command
+goes on where it was stopped. Needs no GPU and no network.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     base, rows, supervised = output / f"data/quickstart-{args.model}", output / "data/quickstart_summaries", output / "supervised" / FINAL
     steps = [[sys.executable, "-m", "quickstart.encoder", "--output", str(output / "data"), "--model", args.model, "--seed", str(args.seed)]]
     for name, recipe in ROWS.items():
-        start = base if name == "supervised" else supervised
+        start = supervised if name == "grpo-lora" else base
         steps.append(_training(output / name, recipe, {"model_name_or_path": start, "dataset_name": rows, "seed": args.seed}, flags))
     finals = [str(output / name / FINAL) for name in ROWS]
     table = [sys.executable, str(HOME / "compare_checkpoints.py"), str(base), *finals, "--data", str(rows), "--splits", "train", "validation", "test"]

@@ -117,16 +117,27 @@ def taught(home, launch):
         "rewards.rouge.rouge_reward",
     ]
     recipe = home / "mine.yaml"
-    recipe.write_text("dataset_name: rows.jsonl\nmax_completion_length: 12\nbeta: 0.04\n")
+    recipe.write_text("dataset_name: rows.jsonl\nmax_completion_length: 12\n")
     found = {}
     evaluated = ["--eval_strategy", "steps", "--eval_steps", "6", "--dataset_test_split", "train", "--use_peft", "true", "--lora_target_modules", "all-linear"]
-    grpo = ["--model_name_or_path", "lora/final-checkpoint", "--max_steps", "1", "--reward_funcs", "rewards.rouge.rouge_reward", "--parallel", "ddp"]
+    grpo = [
+        "--model_name_or_path",
+        "runs/lora/final-checkpoint",
+        "--max_steps",
+        "1",
+        "--reward_funcs",
+        "rewards.rouge.rouge_reward",
+        "--beta",
+        "0.04",
+        "--parallel",
+        "ddp",
+    ]
     for name, asked in {
         "lora": ["--model_name_or_path", "t5", *flags, *evaluated],
         "causal": ["--model_name_or_path", "causal", "--dataset_name", "chat.jsonl", *flags],
         "grpo": grpo,
     }.items():
-        found[name] = launch(home, str(recipe), "--output_dir", name, *asked)
+        found[name] = launch(home, str(recipe), "--output_dir", f"runs/{name}", *asked)
         assert found[name].finish(200) == 0, found[name].text()[-4000:]
     return found
 
@@ -135,34 +146,34 @@ def taught(home, launch):
 def test_both_kinds_learn_their_references(taught, home):
     """The same folder as any run, with a loss that falls; what is said afterwards is the gold."""
     for name in ("lora", "causal"):
-        lines = [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (home / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         assert len(losses) == 12 and losses[-1] < 0.8 * losses[0], losses
-        text, card = taught[name].text(), (home / name / "final-checkpoint/README.md").read_text()
+        text, card = taught[name].text(), (home / "runs" / name / "final-checkpoint/README.md").read_text()
         assert "2 ZeRO-3 ranks on the CPU; supervised, nothing is generated" in text and re.search(r"step 12/12  loss \d", text)
-        assert "taught the references of" in card and "- sft" in card and "## Rewards" not in card and (home / name / "curves.png").exists()
+        assert "taught the references of" in card and "- sft" in card and "## Rewards" not in card and (home / "runs" / name / "curves.png").exists()
         assert taught[name].leftovers() == []
     assert taught["lora"].text().count("held out at step") == 2
-    assert "AutoModelForSeq2SeqLM" in (home / "lora/final-checkpoint/README.md").read_text()
-    assert json.loads((home / "lora/final-checkpoint/adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    assert "AutoModelForSeq2SeqLM" in (home / "runs/lora/final-checkpoint/README.md").read_text()
+    assert json.loads((home / "runs/lora/final-checkpoint/adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
 
 @pytest.mark.slow
 def test_grpo_goes_on_from_the_adapter(taught, home):
     """Two commands: the second merges what the first saved, and starts from that."""
-    assert "Merging the adapter lora/final-checkpoint into its base" in taught["grpo"].text()
-    merged = AutoModelForSeq2SeqLM.from_pretrained(home / "lora/final-checkpoint/merged")
+    assert "Merging the adapter runs/lora/final-checkpoint into its base" in taught["grpo"].text()
+    merged = AutoModelForSeq2SeqLM.from_pretrained(home / "runs/lora/final-checkpoint/merged")
     base = AutoModelForSeq2SeqLM.from_pretrained(home / "t5")
     assert not torch.equal(merged.encoder.block[0].layer[0].SelfAttention.q.weight, base.encoder.block[0].layer[0].SelfAttention.q.weight)
-    line = json.loads((home / "grpo/metrics.jsonl").read_text().splitlines()[0])
-    assert line["kl"] == 0 and "model_name_or_path: lora/final-checkpoint/merged" in (home / "grpo/recipe.yaml").read_text()
+    line = json.loads((home / "runs/grpo/metrics.jsonl").read_text().splitlines()[0])
+    assert abs(line["kl"]) < 1e-9 and "model_name_or_path: runs/lora/final-checkpoint/merged" in (home / "runs/grpo/recipe.yaml").read_text()
 
 
 @pytest.mark.slow
 def test_a_supervised_run_resumes(taught, launch, home):
     """From its checkpoint, to more steps."""
-    shutil.rmtree(home / "causal/final-checkpoint")
-    run = launch(home, str(home / "mine.yaml"), "--output_dir", "causal", "--resume", "--max_steps", "13")
+    shutil.rmtree(home / "runs/causal/final-checkpoint")
+    run = launch(home, str(home / "mine.yaml"), "--output_dir", "runs/causal", "--resume", "--max_steps", "13")
     assert run.finish(200) == 0, run.text()[-4000:]
-    steps = [json.loads(line)["step"] for line in (home / "causal/metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (home / "runs/causal/metrics.jsonl").read_text().splitlines()]
     assert "from checkpoint-12" in run.text() and steps == list(range(1, 14))

@@ -8,8 +8,8 @@ from training.encoder_decoder import EncoderDecoder
 
 def replies(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
     """Between 5 and 12 tokens each."""
-    ends = self.eos_token_ids
-    return [[3 + (7 * at + 13 * place + sum(ids)) % 250 for place in range(4 + at % num_generations)] + ends for at, ids in enumerate(prompt_ids)], None
+    ends, places = self.eos_token_ids, [at % num_generations for at in range(len(prompt_ids))]
+    return [[3 + (7 * at + 13 * place + sum(ids)) % 250 for place in range(4 + at)] + ends for at, ids in zip(places, prompt_ids, strict=True)], None
 
 
 EncoderDecoder._generate_single_turn = replies
