@@ -120,18 +120,8 @@ def taught(home, launch):
     recipe.write_text("dataset_name: rows.jsonl\nmax_completion_length: 12\n")
     found = {}
     evaluated = ["--eval_strategy", "steps", "--eval_steps", "6", "--dataset_test_split", "train", "--use_peft", "true", "--lora_target_modules", "all-linear"]
-    grpo = [
-        "--model_name_or_path",
-        "runs/lora/final-checkpoint",
-        "--max_steps",
-        "1",
-        "--reward_funcs",
-        "rewards.rouge.rouge_reward",
-        "--beta",
-        "0.04",
-        "--parallel",
-        "ddp",
-    ]
+    grpo = ["--model_name_or_path", "runs/lora/final-checkpoint", "--max_steps", "1", "--reward_funcs", "rewards.rouge.rouge_reward"]
+    grpo += ["--beta", "0.04", "--parallel", "ddp"]
     for name, asked in {
         "lora": ["--model_name_or_path", "t5", *flags, *evaluated],
         "causal": ["--model_name_or_path", "causal", "--dataset_name", "chat.jsonl", *flags],
