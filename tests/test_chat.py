@@ -453,7 +453,8 @@ def test_a_served_checkpoint_beside_a_local_one(there, tmp_path):
         assert served.name == f"final-checkpoint at 127.0.0.1:{port}" and notes == []
         for greedy in (replace(manner, temperature=0), replace(GREEDY, max_new_tokens=100)):
             here, far = (list(draw(column, CAT, greedy))[-1] for column in (local, served))
-            assert (here.text, here.tokens, here.cut_off) == (far.text, far.tokens, far.cut_off), far.problem
+            whole = here.text.removesuffix("�")  # a character that was cut in two: vLLM leaves its first half out
+            assert (whole, here.tokens, here.cut_off) == (far.text.removesuffix("�"), far.tokens, far.cut_off), far.problem
         *_, refused = draw(served, [{"role": "user", "content": "cat " * 3000}], GREEDY)
         assert "no reply" in refused.problem and "2048" in refused.problem and "\n" not in refused.problem
 
