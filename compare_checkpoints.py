@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from training import hub
+from grpo_launcher import hub
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -53,10 +53,10 @@ def compare(args: argparse.Namespace) -> dict:
     import torch
     import transformers
 
-    from chat import comparison, metrics, statistics
-    from chat.drawing import draw
-    from chat.kept import Replies
-    from chat.scores import Scores
+    from grpo_launcher.chat import comparison, metrics, statistics
+    from grpo_launcher.chat.drawing import draw
+    from grpo_launcher.chat.kept import Replies
+    from grpo_launcher.chat.scores import Scores
 
     datasets.disable_progress_bars()  # one bar a checkpoint is enough
     transformers.utils.logging.disable_progress_bar()
@@ -102,10 +102,10 @@ def main(argv: list[str]) -> int:
     sys.path.append(os.getcwd())  # for rewards of the user's own
     from rich.console import Console
 
-    from chat import table
-    from chat.checkpoints import CheckpointError
-    from chat.comparison import ComparisonError
-    from training.recipe import RecipeError
+    from grpo_launcher.chat import table
+    from grpo_launcher.chat.checkpoints import CheckpointError
+    from grpo_launcher.chat.comparison import ComparisonError
+    from grpo_launcher.config import RecipeError
 
     try:
         result = compare(args)

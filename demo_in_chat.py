@@ -10,8 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from training.hub import use_cache_if_unreachable
-from training.run_folder import label
+from grpo_launcher.hub import use_cache_if_unreachable
+from grpo_launcher.runs import label
 
 MOST = 4  # columns of one run
 
@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
-    from chat import layout
-    from chat.gather import gather
-    from chat.scores import Scores
-    from chat.terminal import Chat
+    from grpo_launcher.chat import layout
+    from grpo_launcher.chat.gather import gather
+    from grpo_launcher.chat.scores import Scores
+    from grpo_launcher.chat.terminal import Chat
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -68,12 +68,12 @@ def main(argv: list[str]) -> int:
     with console.status("Binding the rewards"):
         scores = Scores(run)
         if manner.tools:
-            import chat.turns  # noqa: F401  # now, as it takes seconds and writes warnings, which would break a screen that is being redrawn
+            import grpo_launcher.chat.turns  # noqa: F401  # now, as it takes seconds and writes warnings, which would break a screen that is being redrawn
     notes += scores.left_out
     for note in notes:
         console.print(note, style="yellow", markup=False)
     if args.web:
-        from chat.web import serve
+        from grpo_launcher.chat.web import serve
 
         serve(columns, scores, manner, run, args.port)
     else:
@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int:
 
 def write_report(args: argparse.Namespace, columns: list, run: Path | None, manner, about: dict, console) -> int:
     """Put the prompts to every column, show the replies and write them. 1 where a reply is missing."""
-    from chat import pages, report
-    from chat.scores import Scores
+    from grpo_launcher.chat import pages, report
+    from grpo_launcher.chat.scores import Scores
 
     about["seed"] = seed = args.seed or 0
     paths = outputs(args.output, run)
@@ -106,7 +106,7 @@ def write_report(args: argparse.Namespace, columns: list, run: Path | None, mann
 
 def outputs(given: Path | None, run: Path | None) -> list[Path]:
     """The report's files: of the stem given, or of a new one in the run's folder or here; or the one file that was named with a suffix."""
-    from chat.pages import FORMS
+    from grpo_launcher.chat.pages import FORMS
 
     if given and given.suffix in FORMS:
         return [given]

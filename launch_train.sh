@@ -3,8 +3,8 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if early=$(command -v python3.11 || command -v python3); then
-    "$early" "$here/launcher/arguments.py" "$@"
+    "$early" "$here/grpo_launcher/launch/arguments.py" "$@"
     case " $* " in *" --help "* | *" -h "*) exit 0 ;; esac
 fi
-source "$here/launcher/environment.sh"
-exec "$PYTHON" -P -m launcher "$@"
+source "$here/grpo_launcher/launch/environment.sh"
+exec "$PYTHON" -P -m grpo_launcher.launch "$@"

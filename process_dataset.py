@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from training import hub
+from grpo_launcher import hub
 
 OPTIONS = {
     "article": "column with the text (default: that of CNN/DailyMail, XSum or another known pair)",
@@ -47,7 +47,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of the test split (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is there")
     args = parser.parse_args(argv)
-    module = importlib.import_module(f"prepare.{args.name}")
+    module = importlib.import_module(f"grpo_launcher.datasets.{args.name}")
     if args.steps and (not hasattr(module, "sums") or args.source):
         parser.error("--steps is for calculator, and without --source: it makes sums in place of reading them")
     args.options = {option: given for option in OPTIONS if (given := getattr(args, option)) is not None}
@@ -87,9 +87,9 @@ def process(
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
-    from training.rows import count_tokens, load_rows, tokenizer_mark
+    from grpo_launcher.data import count_tokens, load_rows, tokenizer_mark
 
-    module = importlib.import_module(f"prepare.{name}")
+    module = importlib.import_module(f"grpo_launcher.datasets.{name}")
     origin = f"--steps {steps}" if steps else f"--source {source}"
     try:
         splits = module.sums(steps, limit, seed) if steps else load_rows(source, _config(module, source)) if module.SOURCE else module.make(source, limit)
@@ -166,7 +166,7 @@ def _held_out(splits, names: tuple[str, ...], seed: int) -> dict:
 
 def _cut(prompt: str | list[dict], tokens: int, tokenizer, limit: int) -> tuple[str | list[dict], int]:
     """A prompt of `tokens` tokens that lost the end of its text, or of its last message, until it has `limit` at most; and how many it has."""
-    from training.rows import count_tokens
+    from grpo_launcher.data import count_tokens
 
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     while tokens > limit and text:

@@ -9,7 +9,7 @@ case " $* " in *" --help "* | *" -h "*)
     echo 'TEST_DATA names a folder of real rows and models (default: ../shared/data); tests that need it skip without.'
     exit 0 ;;
 esac
-source "$here/launcher/environment.sh"
+source "$here/grpo_launcher/launch/environment.sh"
 cd "$here"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -9,15 +9,15 @@ import sys
 import warnings
 from pathlib import Path
 
-from training.hub import use_cache_if_unreachable
+from grpo_launcher.hub import use_cache_if_unreachable
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def main(argv: list[str]) -> int:
     """Recipe → rows and rewards → trainer → checkpoints, curves and table in the run's folder. 3 where a guard stopped it, else 0."""
-    from training.facts import gather
-    from training.recipe import RecipeError, RecipeParser
+    from grpo_launcher.preflight import gather
+    from grpo_launcher.config import RecipeError, RecipeParser
 
     alone = "LOCAL_RANK" not in os.environ  # else a launcher has checked all this
     if alone:
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         if told["problems"] or told["missing"]:
             raise RecipeError("\n       ".join(["the recipe cannot run as asked:", *told["problems"], *told["missing"]]))
 
-    from training.trainer import compile_nothing, trainer_class
+    from grpo_launcher.trainer import compile_nothing, trainer_class
 
     compile_nothing()
     recipe, args, model = RecipeParser().parse(argv)
@@ -34,13 +34,13 @@ def main(argv: list[str]) -> int:
     from transformers import AutoConfig, AutoTokenizer, PrinterCallback, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from training import encoder_decoder, run_folder, supervised
-    from training.bind import load_rewards
-    from training.bind_tools import load_environment, load_tools, template_options
-    from training.callbacks import RunLog, print_summary
-    from training.guards import Guards, limits
-    from training.plots import plot_run
-    from training.rows import column_names, load_rows, short_prompts
+    from grpo_launcher import seq2seq as encoder_decoder, runs as run_folder, supervised
+    from grpo_launcher.plugins import load_rewards
+    from grpo_launcher.bind_tools import load_environment, load_tools, template_options
+    from grpo_launcher.callbacks import RunLog, print_summary
+    from grpo_launcher.guards import Guards, limits
+    from grpo_launcher.report import plot_run
+    from grpo_launcher.data import column_names, load_rows, short_prompts
 
     state = args.distributed_state
     options = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     use_cache_if_unreachable()
-    from training.recipe import RecipeError
+    from grpo_launcher.config import RecipeError
 
     try:
         status = main(sys.argv[1:])

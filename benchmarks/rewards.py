@@ -13,7 +13,7 @@ from rewards.chinese import chinese_reward
 from rewards.choice import choice_format_reward, choice_reward, reasoning_length_reward
 from rewards.length import gaussian_length_reward, length_reward, length_similarity_reward, smooth_length_reward
 from rewards.repetition import distinct_words_reward, ngram_repetition_reward
-from rewards.text import words
+from grpo_launcher.messages import words
 
 STRINGS = (
     length_reward,
@@ -121,7 +121,7 @@ def rouge_beside_naive(english: list[str], chinese: list[str], references: list[
 def perplexity_beside_one_by_one(english: list[str]) -> None:
     """Replies of 200 tokens under the quickstart's model of a million parameters; one by one an eighth of them is timed, and counted eight times."""
     if not MODEL.exists():
-        print(f"perplexity_reward: not timed, as {MODEL} is not there; make it with python -m quickstart")
+        print(f"perplexity_reward: not timed, as {MODEL} is not there; make it with python -m grpo_launcher.quickstart")
         return
     import torch
 

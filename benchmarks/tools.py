@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `tools` wou
 
 from test_calculator import HOSTILE
 
-from tools.calculator import CalculatorError, calculator
+from grpo_launcher.tools.calculator import CalculatorError, calculator
 
 
 def expressions(choose: random.Random, count: int) -> list[str]:

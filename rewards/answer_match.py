@@ -6,7 +6,7 @@ import string
 import unicodedata
 from collections import Counter
 
-from rewards.text import CHINESE, reply, tool_calls
+from grpo_launcher.messages import CHINESE, reply, tool_calls
 
 # What says that a question cannot be answered: normalised, so without articles and punctuation, at the beginning of the answer.
 NONE = ["unanswerable", "no answer", "not answerable", "cannot be answered", "question is unanswerable", "question cannot be answered", "not in passage"]

@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-from rewards.text import reply, tool_calls
+from grpo_launcher.messages import reply, tool_calls
 
 COUNTED = 3  # failed calls that cost: more of them are no reason to stop trying
 _WRITTEN = str.maketrans(dict(zip("０１２３４５６７８９．－／％＄￥−–", "0123456789.-/%$¥--", strict=True)) | {"½": " 1/2", "¼": " 1/4", "¾": " 3/4"})

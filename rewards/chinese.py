@@ -1,6 +1,6 @@
 """Reward a reply for being written in Chinese."""
 
-from rewards.text import CHINESE, reply
+from grpo_launcher.messages import CHINESE, reply
 
 
 def chinese_reward(completions, **columns) -> list[float]:

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from rewards.text import reply
+from grpo_launcher.messages import reply
 
 REFUSED = "refused"
 REFUSALS = {"拒答", "拒絕回答", "拒绝回答", "不知道", "不確定", "不确定", "refuse", "refused", "i refuse", "unknown", "unsure", "i don't know", "i do not know"}

@@ -9,7 +9,7 @@ import secrets
 import unicodedata
 from pathlib import Path
 
-from rewards.text import reply
+from grpo_launcher.messages import reply
 
 CACHED = 10_000  # ratings
 LONGEST = 1_000  # characters of a judge's answer

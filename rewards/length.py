@@ -2,7 +2,7 @@
 
 import math
 
-from rewards.text import reply
+from grpo_launcher.messages import reply
 
 
 def length_reward(completions, *, target: int = 200, **columns) -> list[float]:

@@ -2,7 +2,7 @@
 
 import functools
 
-from rewards.text import reply
+from grpo_launcher.messages import reply
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 

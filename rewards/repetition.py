@@ -1,6 +1,6 @@
 """Reward a reply for not repeating itself."""
 
-from rewards.text import reply, words
+from grpo_launcher.messages import reply, words
 
 
 def distinct_words_reward(completions, **columns) -> list[float]:

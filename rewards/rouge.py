@@ -5,7 +5,7 @@ import math
 import re
 from types import SimpleNamespace
 
-from rewards.text import CHINESE, reply
+from grpo_launcher.messages import CHINESE, reply
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TOKEN = re.compile(rf"[a-z0-9]+|{CHINESE.pattern}")

@@ -11,7 +11,7 @@ from pyarrow import parquet
 from tiny_models import make_adapter, make_model
 
 import compare_checkpoints
-from chat.checkpoints import ADAPTER
+from grpo_launcher.chat.checkpoints import ADAPTER
 
 WORDS = ["the", "boss", "broke", "my", "piano", "in", "garden", "last", "week", "and", "will", "not", "pay", "for", "it", "she", "said"]
 TOKENS = 24

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from launcher import hardware, plan
+from grpo_launcher.launch import hardware, plan
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, at the first import; where the Hub cannot be reached its client asks again for minutes
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +149,7 @@ def taught(tmp_path_factory):
     def teach(seed: int) -> Path:
         if seed not in made:
             made[seed] = tmp_path_factory.mktemp(f"seed{seed}")
-            command = [sys.executable, "-m", "quickstart", "--output", str(made[seed] / "data"), "--seed", str(seed)]
+            command = [sys.executable, "-m", "grpo_launcher.quickstart", "--output", str(made[seed] / "data"), "--seed", str(seed)]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         return made[seed]
 
@@ -205,12 +205,12 @@ def compare(compared, tmp_path, monkeypatch, capfd):
 
 @pytest.fixture(scope="session")
 def resolved():
-    """resolved(recipe) → what training.facts says of it; the model is not at hand, so its size comes from its name."""
+    """resolved(recipe) → what grpo_launcher.preflight says of it; the model is not at hand, so its size comes from its name."""
     made = {}
 
     def resolve(recipe: str) -> dict:
         if recipe not in made:
-            from training.facts import gather
+            from grpo_launcher.preflight import gather
 
             made[recipe] = json.loads(json.dumps(gather(["--config", str(ROOT / f"configs/{recipe}.yaml")])))
             made[recipe]["data"] = {"rows": 100_000, "test_rows": 128, "longest_prompt": 768, "system_prompt": None}

@@ -14,7 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.calculator import CalculatorError, calculator
+from grpo_launcher.tools.calculator import CalculatorError, calculator
 
 RIGHT = {
     "a sum": ("48 + 24", "72"),
@@ -174,7 +174,7 @@ CHILD = """
 import json, os, sys
 sys.path[:0] = sys.argv[1:]
 from test_calculator import HOSTILE
-from tools.calculator import CalculatorError, calculator
+from grpo_launcher.tools.calculator import CalculatorError, calculator
 
 events, outcomes = [], {}
 sys.addaudithook(lambda event, args: events.append(event))

@@ -13,7 +13,7 @@ from conftest import ROOT
 from hub_server import Hub
 from huggingface_hub import ModelCard
 
-from training.card import write_card
+from grpo_launcher.card import write_card
 
 RECIPE = {
     "model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct",
@@ -172,7 +172,7 @@ def test_a_full_run_carries_a_card_that_loads_it(quickstart_run):
 
 def test_a_push_without_a_name_is_refused():
     """Before anything is loaded; it would be called by the run's number."""
-    from training.recipe import RecipeError, RecipeParser
+    from grpo_launcher.config import RecipeError, RecipeParser
 
     with pytest.raises(RecipeError, match="push_to_hub: give hub_model_id too"):
         RecipeParser().parse(["--config", str(ROOT / "configs/quickstart.yaml"), "--push_to_hub", "true"])

@@ -24,14 +24,14 @@ from tiny_models import SYSTEM, make_adapter, make_model, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import demo_in_chat
-from chat.checkpoints import Manner
-from chat.columns import Reply, draw
-from chat.gather import gather
-from chat.layout import side_by_side
-from chat.scores import Scores
-from chat.served import Served
-from chat.terminal import Chat
-from launcher.hardware import free_ports
+from grpo_launcher.chat.checkpoints import Manner
+from grpo_launcher.chat.columns import Reply, draw
+from grpo_launcher.chat.gather import gather
+from grpo_launcher.chat.layout import side_by_side
+from grpo_launcher.chat.scores import Scores
+from grpo_launcher.chat.served import Served
+from grpo_launcher.chat.terminal import Chat
+from grpo_launcher.launch.hardware import free_ports
 
 RUN, LORA = "trainOutput/whole/1", "trainOutput/lora/1"
 GREEDY = Manner(SYSTEM, temperature=0, max_new_tokens=24)

@@ -13,11 +13,11 @@ from tiny_models import make_adapter, make_encoder_model, make_model, make_run
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 import demo_in_chat
-from chat.checkpoints import find
-from chat.columns import draw
-from chat.gather import gather
-from training.encoder_decoder import prefix
-from training.facts import gather as gather_facts
+from grpo_launcher.chat.checkpoints import find
+from grpo_launcher.chat.columns import draw
+from grpo_launcher.chat.gather import gather
+from grpo_launcher.seq2seq import prefix
+from grpo_launcher.preflight import gather as gather_facts
 
 PREFIX, TOKENS, PLACES = "summarize: ", 24, 40
 CAT = "The cat sat on the mat."

@@ -19,14 +19,14 @@ from tiny_models import SYSTEM, make_model, make_run
 from transformers.utils import get_json_schema
 
 import demo_in_chat
-from chat.columns import draw
-from chat.engine import Engine
-from chat.gather import gather
-from chat.kept import COLUMNS
-from chat.layout import figures
-from chat.page import Page
-from chat.scores import Scores
-from chat.terminal import Chat
+from grpo_launcher.chat.columns import draw
+from grpo_launcher.chat.engine import Engine
+from grpo_launcher.chat.gather import gather
+from grpo_launcher.chat.kept import COLUMNS
+from grpo_launcher.chat.layout import figures
+from grpo_launcher.chat.page import Page
+from grpo_launcher.chat.scores import Scores
+from grpo_launcher.chat.terminal import Chat
 
 MINE = '''
 import threading
@@ -203,7 +203,7 @@ def test_a_tool_that_cannot_be_bound_is_a_columns_problem(there):
 def test_a_corpus_is_found_from_any_folder(there, monkeypatch):
     """A setting that names a file was written where the run was started."""
     (there.folder / "corpus.jsonl").write_text('{"text": "nothing"}')
-    make_run(there.folder / "trainOutput/search/1", "base", tools="tools.search.search", tool_kwargs='{"search": {"corpus": "corpus.jsonl", "k": 2}}')
+    make_run(there.folder / "trainOutput/search/1", "base", tools="grpo_launcher.tools.search.search", tool_kwargs='{"search": {"corpus": "corpus.jsonl", "k": 2}}')
     make_model(there.folder / "trainOutput/search/1/final-checkpoint", 1)
     (there.folder / "elsewhere").mkdir()
     monkeypatch.chdir(there.folder / "elsewhere")

@@ -12,7 +12,7 @@ import pytest
 import trl
 from conftest import ROOT
 
-from quickstart.pretrain import Dialogue, pretrain
+from grpo_launcher.quickstart.pretrain import Dialogue, pretrain
 
 pytestmark = pytest.mark.slow
 KNOWN = {"amber": "A", "birch": "B", "cedar": "C", "delta": "D", "ember": "A", "fjord": "B"}

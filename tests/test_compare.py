@@ -11,7 +11,7 @@ from compared import TOKENS, spoil
 from datasets import Dataset
 from tiny_models import TEMPLATE
 
-from chat.engine import Engine
+from grpo_launcher.chat.engine import Engine
 
 
 def test_nothing_is_drawn_twice(compare):

@@ -13,8 +13,8 @@ from pyarrow import parquet
 from tiny_models import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from chat.checkpoints import find
-from chat.engine import Engine
+from grpo_launcher.chat.checkpoints import find
+from grpo_launcher.chat.engine import Engine
 
 
 def test_a_seed_draws_by_lot_and_the_same_again(compare):

@@ -12,9 +12,9 @@ import yaml
 from conftest import ROOT, test_data
 
 import process_dataset
-from training.bind import load_rewards
-from training.facts import gather
-from training.recipe import Recipe, RecipeParser
+from grpo_launcher.plugins import load_rewards
+from grpo_launcher.preflight import gather
+from grpo_launcher.config import Recipe, RecipeParser
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 by_name = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

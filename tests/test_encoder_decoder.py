@@ -8,10 +8,10 @@ from tiny_models import make_encoder_model, make_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from trl.trainer import grpo_trainer
 
-from training import encoder_decoder
-from training.facts import gather
-from training.recipe import RecipeParser
-from training.trainer import trainer_class
+from grpo_launcher import seq2seq as encoder_decoder
+from grpo_launcher.preflight import gather
+from grpo_launcher.config import RecipeParser
+from grpo_launcher.trainer import trainer_class
 
 KINDS = ["t5", "mt5", "bart", "pegasus"]
 TARGETS = {"t5": ["q", "v"], "mt5": ["q", "v"], "bart": ["q_proj", "v_proj"], "pegasus": ["q_proj", "v_proj"]}
@@ -43,8 +43,8 @@ def trainer(home, tmp_path, monkeypatch):
         recipe, args, model = RecipeParser().parse(argv)
         from trl import get_peft_config
 
-        from training.bind import load_rewards
-        from training.rows import load_rows
+        from grpo_launcher.plugins import load_rewards
+        from grpo_launcher.data import load_rows
 
         config = AutoConfig.from_pretrained(kind)
         model.lora_task_type = encoder_decoder.TASK[encoder_decoder.is_encoder_decoder(config)]
@@ -115,7 +115,7 @@ def test_the_kind_is_read_from_the_config(home):
 
 REFUSED = {
     "vLLM": (["--use_vllm", "true"], "use_vllm: t5 has an encoder (t5), and vLLM runs models without one only"),
-    "tools": (["--tools", "tools.calculator.calculator"], "tools: t5 has an encoder (t5): a reply is not read again"),
+    "tools": (["--tools", "grpo_launcher.tools.calculator.calculator"], "tools: t5 has an encoder (t5): a reply is not read again"),
     "chat messages": (["--dataset_name", "chat.jsonl"], "chat.jsonl holds chat messages, and a model with an encoder takes plain-text prompts"),
     "a LoRA target of another architecture": (
         ["--use_peft", "true", "--lora_target_modules", "q_proj", "v"],

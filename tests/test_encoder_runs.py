@@ -108,7 +108,7 @@ def test_one_command_makes_the_table(home, tmp_path):
     (output / "data").mkdir(parents=True)
     for kind in ("t5", "bart"):
         shutil.copytree(home / kind, output / f"data/quickstart-{kind}")
-    command = [sys.executable, "-m", "quickstart.summaries", "--output", str(output), "--limit", "8", "--max_steps", "1", "--max_completion_length", "8"]
+    command = [sys.executable, "-m", "grpo_launcher.quickstart.summaries", "--output", str(output), "--limit", "8", "--max_steps", "1", "--max_completion_length", "8"]
     command += ["--per_device_train_batch_size", "8"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)

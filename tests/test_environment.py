@@ -91,7 +91,7 @@ def test_an_installed_environment_is_used_at_once(bare, tmp_path):
     lock = (ROOT / "requirements/cpu.lock").read_bytes()
     (home / ".venv/installed").write_text(hashlib.sha256(lock).hexdigest() + "\n")
     done, _ = bare("configs/quickstart.yaml", "--beta", "0.1")
-    assert done.stdout == "started -P -m launcher configs/quickstart.yaml --beta 0.1\n", done.stderr
+    assert done.stdout == "started -P -m grpo_launcher.launch configs/quickstart.yaml --beta 0.1\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from training.failed_rewards import FailedRewards
-from training.guards import DEFAULTS, Guards, limits
-from training.recipe import RecipeError
+from grpo_launcher.failed_rewards import FailedRewards
+from grpo_launcher.guards import DEFAULTS, Guards, limits
+from grpo_launcher.config import RecipeError
 
 HEALTHY = {"reward": -50.0, "loss": 0.1, "kl": 0.1, "grad_norm": 0.4, "entropy": 0.5, "completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.0}
 
@@ -137,7 +137,7 @@ class Gathered:
 
 
 class Trainer(FailedRewards, Gathered):
-    """As training.trainer composes it."""
+    """As grpo_launcher.trainer composes it."""
 
 
 def test_a_failed_rating_takes_its_groups_mean():

@@ -41,14 +41,14 @@ def test_the_launcher_knows_neither_torch_nor_trl():
     """It answers in a moment, and on a machine where they are broken."""
     for path in room("launcher"):
         assert not outside(imports(path), "launcher", "yaml") - {"training"}, path
-    assert not outside(imports(ROOT / "launcher/arguments.py"))
+    assert not outside(imports(ROOT / "grpo_launcher/launch/arguments.py"))
     for name in ("run_folder", "hub"):
         assert not outside(imports(ROOT / f"training/{name}.py"), "yaml")
 
 
 def test_rewards_know_only_their_judge_and_the_shape_of_a_reply():
     """Never trl, never another reward."""
-    judges = ("rouge_score", "openai", "jieba", "transformers", "torch", "rewards.text")
+    judges = ("rouge_score", "openai", "jieba", "transformers", "torch", "grpo_launcher.messages")
     for path in room("rewards"):
         assert path.name == "__main__.py" or not outside(imports(path), *judges), path
 
@@ -60,11 +60,11 @@ def test_every_room_is_a_package():
 
 def test_vllm_workers_load_no_trl():
     """What the server's processes import."""
-    assert not outside(imports(ROOT / "training/vllm_worker.py"), "torch", "vllm")
+    assert not outside(imports(ROOT / "grpo_launcher/weight_sync_worker.py"), "torch", "vllm")
 
 
 def test_only_one_file_rebinds_names_of_trl():
-    """training/trainer.py."""
+    """grpo_launcher/trainer.py."""
     assert [path.name for path in FILES if re.search(r"\bsetattr\((?!self)", path.read_text(encoding="utf-8"))] == ["trainer.py"]
 
 

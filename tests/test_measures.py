@@ -10,8 +10,8 @@ from tiny_models import make_model
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from training.failed_rewards import FailedRewards
-from training.measures import Measures
+from grpo_launcher.failed_rewards import FailedRewards
+from grpo_launcher.measures import Measures
 
 NAN = float("nan")
 
@@ -47,7 +47,7 @@ class Logged:
 
 
 class Trainer(Measures, FailedRewards, Logged):
-    """As training.trainer composes it."""
+    """As grpo_launcher.trainer composes it."""
 
 
 def test_a_measure_is_a_mean_over_items_and_its_none_no_failure():

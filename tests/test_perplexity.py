@@ -16,7 +16,7 @@ def model(tmp_path_factory) -> str:
     """A very small model with random weights, its logits spread so that scores differ, and a chat template."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from quickstart.pretrain import make_tokenizer
+    from grpo_launcher.quickstart.pretrain import make_tokenizer
 
     folder = tmp_path_factory.mktemp("judge")
     turn = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from launcher import hardware
-from launcher.arguments import parse
+from grpo_launcher.launch import hardware
+from grpo_launcher.launch.arguments import parse
 
 FULL = {  # (GPUs, GiB of each): (ranks, completions a step) or the refusal's remedies
     (1, 24): ["3 such GPUs (2 train)", "LoRA", "optimizer offload"],
@@ -79,7 +79,7 @@ def test_what_the_machine_changes_is_said(resolved, make_plan):
     assert "bf16: True → False (0 GPUs)" in made.lines
 
 
-@pytest.mark.parametrize("given", [{"tools": ["tools.calculator.calculator"]}, {"environment_factory": "game.Game"}], ids=lambda given: next(iter(given)))
+@pytest.mark.parametrize("given", [{"tools": ["grpo_launcher.tools.calculator.calculator"]}, {"environment_factory": "game.Game"}], ids=lambda given: next(iter(given)))
 def test_a_later_turn_needs_room_for_a_whole_reply_more(given, resolved, make_plan):
     """With tools or an environment the server's context is the prompt and twice the reply."""
     facts = resolved("tldr_length")

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from matplotlib.image import imread
 
-from training.plots import figure, plot_run
+from grpo_launcher.report import figure, plot_run
 
 
 def write_run(folder: Path, lines: list[dict], rest: str = "") -> Path:
@@ -35,9 +35,9 @@ def curves(runs: list[Path]) -> dict[str, list[tuple[list, list]]]:
 
 
 def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """`python -m training.plots` in a folder."""
+    """`python -m grpo_launcher.report` in a folder."""
     return subprocess.run(
-        [sys.executable, "-m", "training.plots", *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [sys.executable, "-m", "grpo_launcher.report", *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
 
 
@@ -143,7 +143,7 @@ def test_the_command_writes_and_replaces_nothing_unasked(tmp_path):
     assert again.returncode == 2 and "run1/curves.png exists; add --overwrite" in again.stderr
     assert command(tmp_path, "run1", "run2", "--output", "both.svg").returncode == 0
     assert (tmp_path / "both.svg").read_text().count("<svg ") == 1
-    loaded = "import sys, training.plots; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    loaded = "import sys, grpo_launcher.report; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
 

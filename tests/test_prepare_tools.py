@@ -13,9 +13,9 @@ from datasets import Dataset, DatasetDict
 from test_process_dataset import process
 
 import process_dataset
-from prepare import calculator, search_qa, tldr
-from tools.calculator import calculator as calculate
-from training.rows import load_rows
+from grpo_launcher.datasets import calculator, search_qa, tldr
+from grpo_launcher.tools.calculator import calculator as calculate
+from grpo_launcher.data import load_rows
 
 tokenizer = test_process_dataset.tokenizer
 GOLDS = {  # a worked answer → the gold answer, or the cause

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, test_data
 from datasets import Dataset, load_dataset
 
-from prepare import mcq, tldr
+from grpo_launcher.datasets import mcq, tldr
 
 GOOD = {"prompt": "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: It rained.\n\nTL;DR:", "completion": " Rain. "}
 
@@ -26,7 +26,7 @@ def process(folder: Path, *arguments: str, name: str = "tldr") -> subprocess.Com
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
     """A tokenizer with a chat template, made in a second."""
-    from quickstart.pretrain import make_tokenizer
+    from grpo_launcher.quickstart.pretrain import make_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from training.bind import load_rewards
-from training.recipe import Recipe, RecipeError, RecipeParser
+from grpo_launcher.plugins import load_rewards
+from grpo_launcher.config import Recipe, RecipeError, RecipeParser
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -132,16 +132,16 @@ def test_options_are_bound_and_names_kept(user_modules):
 
 
 def test_show_prints_the_recipe_as_resolved():
-    """`python -m training.recipe show` gives given fields first."""
-    command = [sys.executable, "-m", "training.recipe", "show", "configs/quickstart.yaml", "--beta", "0.5"]
+    """`python -m grpo_launcher.config show` gives given fields first."""
+    command = [sys.executable, "-m", "grpo_launcher.config", "show", "configs/quickstart.yaml", "--beta", "0.5"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     given, _, default = shown.partition("# by default")
     assert "beta: 0.5" in given and "temperature: 1.0" in default
 
 
 def facts(tmp_path: Path, *flags: str) -> dict:
-    """What training.facts says of the quickstart recipe with flags, in `tmp_path`."""
-    command = [sys.executable, "-P", "-m", "training.facts", "--config", str(ROOT / "configs/quickstart.yaml"), *flags]
+    """What grpo_launcher.preflight says of the quickstart recipe with flags, in `tmp_path`."""
+    command = [sys.executable, "-P", "-m", "grpo_launcher.preflight", "--config", str(ROOT / "configs/quickstart.yaml"), *flags]
     env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,7 +14,7 @@ from rewards.chinese import chinese_reward
 from rewards.length import gaussian_length_reward, length_reward, length_similarity_reward, smooth_length_reward
 from rewards.repetition import distinct_words_reward, ngram_repetition_reward
 from rewards.rouge import BETWEEN_SENTENCES, KINDS, rouge_reward
-from rewards.text import reply
+from grpo_launcher.messages import reply
 
 
 def chat(text: str) -> list[dict]:

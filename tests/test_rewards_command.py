@@ -1,4 +1,4 @@
-"""`python -m rewards`: list, try, and check, which must find the planted faults and pass the library."""
+"""`python -m grpo_launcher.rewards_command`: list, try, and check, which must find the planted faults and pass the library."""
 
 import os
 import re
@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from rewards.__main__ import PASSED, library, main
+from grpo_launcher.rewards_command import PASSED, library, main
 
 NEEDS_A_MODEL = ("rewards.judge.", "rewards.perplexity.")
 # What a reward returns, or its whole module; what the table must show, with any space for its gaps; the exit status: 1 where a run would break.
@@ -81,7 +81,7 @@ def test_check_finds_the_fault(fault, write_module, capsys):
     """Names the case, what was seen and the verdict; a warning alone does not fail."""
     text, said, status = FAULTS[fault]
     if "def " not in text:
-        text = f"from rewards.text import reply\ndef planted(completions, **columns):\n    return {text}"
+        text = f"from grpo_launcher.messages import reply\ndef planted(completions, **columns):\n    return {text}"
     assert main(["check", f"{write_module(text)}.planted"]) == status
     shown = capsys.readouterr().out
     assert re.search(said, " ".join(shown.split())), shown
@@ -155,7 +155,7 @@ def test_try_says_in_one_line_what_is_wrong(case, capsys):
 def test_list_is_quick_and_fits_a_terminal():
     """A real process, in which neither torch nor trl is imported: -X importtime names what is."""
     env = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "rewards", "list"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "grpo_launcher.rewards_command", "list"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert re.search(r"rewards\.length\.length_reward\s+Minus the distance", done.stdout) and "target=200" in done.stdout
     assert re.search(r"columns: reference\s", done.stdout) and max(map(len, done.stdout.splitlines())) <= 100
     assert not re.search(r"\| +(torch|trl|transformers|training)$", done.stderr, re.MULTILINE)
@@ -163,7 +163,7 @@ def test_list_is_quick_and_fits_a_terminal():
 
 def test_without_a_command_it_teaches(capsys):
     """Examples, and the exit status of a mistake."""
-    from training.bind import FROM_TRL
+    from grpo_launcher.plugins import FROM_TRL
 
-    assert main([]) == 2 and "python -m rewards try" in capsys.readouterr().out
+    assert main([]) == 2 and "python -m grpo_launcher.rewards_command try" in capsys.readouterr().out
     assert PASSED == FROM_TRL

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from quickstart.pretrain import make_tokenizer
-from training.rows import column_names, load_rows, short_prompts
+from grpo_launcher.quickstart.pretrain import make_tokenizer
+from grpo_launcher.data import column_names, load_rows, short_prompts
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from conftest import ROOT, test_data
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
-from rewards.text import words
-from tools.search import NOTHING, SearchError, search
+from grpo_launcher.messages import words
+from grpo_launcher.tools.search import NOTHING, SearchError, search
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,7 @@ def test_a_damaged_index_is_built_anew(name, damage, corpus, cache):
 def test_processes_may_build_at_once(corpus, cache):
     """All find the same, and one index stays, nothing half done."""
     path = corpus(*({"text": f"owl {number} " + "word " * 50} for number in range(500)))
-    said = f"from tools.search import search; print('ready', flush=True); input(); print(search(corpus={path!r}, k=1)('owl 17'))"
+    said = f"from grpo_launcher.tools.search import search; print('ready', flush=True); input(); print(search(corpus={path!r}, k=1)('owl 17'))"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     started = [subprocess.Popen([sys.executable, "-c", said], cwd=ROOT, **pipes) for _ in range(3)]
     assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
@@ -243,7 +243,7 @@ def test_a_bar_shows_where_it_takes_long(corpus, monkeypatch, capfd):
         time.sleep(0.7)
         return text.split()
 
-    monkeypatch.setattr("tools.search.words", slowly)
+    monkeypatch.setattr("grpo_launcher.tools.search.words", slowly)
     search(corpus=corpus(*PASSAGES))
     assert "Indexing passages" in capfd.readouterr().err
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from chat import statistics
+from grpo_launcher.chat import statistics
 
 SAMPLES = {
     "lengths": np.random.default_rng(1).normal(200, 30, 64),

@@ -10,7 +10,7 @@ from datasets import load_dataset
 from tiny_models import make_encoder_model
 from transformers import AutoTokenizer
 
-from prepare import summarization
+from grpo_launcher.datasets import summarization
 
 LONG = "The cat sat on the mat and looked at the moon. " * 60
 

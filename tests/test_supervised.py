@@ -12,10 +12,10 @@ from peft import PeftModel
 from tiny_models import make_adapter, make_encoder_model, make_model
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from training import merge
-from training.facts import gather
-from training.guards import Guards
-from training.recipe import RecipeParser, SupervisedConfig
+from grpo_launcher import merge
+from grpo_launcher.preflight import gather
+from grpo_launcher.guards import Guards
+from grpo_launcher.config import RecipeParser, SupervisedConfig
 
 ROWS = [
     {"prompt": f"The cat sat on the {place} of number {number}.", "reference": f"It sat on the {place}."} for number in range(8) for place in ("mat", "roof")
@@ -52,7 +52,7 @@ def test_its_defaults_are_those_of_supervised_training():
 
 REFUSED = {
     "a field of rewards": (["--num_generations", "4"], "num_generations: a supervised run (method: sft) draws and rewards no replies"),
-    "tools": (["--tools", "tools.calculator.calculator"], "tools: a supervised run"),
+    "tools": (["--tools", "grpo_launcher.tools.calculator.calculator"], "tools: a supervised run"),
     "a server": (["--use_vllm", "true"], "use_vllm: a supervised run"),
     "a stream": (["--dataset_streaming", "true", "--max_steps", "2"], "dataset_streaming: a supervised run turns its rows into tokens"),
     "rows without gold": (["--dataset_name", "bare.jsonl"], "bare.jsonl has no column `reference` of texts"),
@@ -89,7 +89,7 @@ def test_an_adapter_to_start_from_is_merged_once(tmp_path, monkeypatch):
     name = str(tmp_path / "adapter")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, CHAT)))
     told = gather(["--model_name_or_path", name, "--dataset_name", str(tmp_path / "rows.jsonl"), "--reward_funcs", "rewards.rouge.rouge_reward"])
-    assert told["adapter"] == name and f"python -m training.merge {name}" in told["missing"][0]
+    assert told["adapter"] == name and f"python -m grpo_launcher.merge {name}" in told["missing"][0]
     merge.merge(tmp_path / "adapter")
     assert merge.start(name) == f"{name}/merged" and merge.needed(name) is None and merge.start(str(tmp_path / "base")) == str(tmp_path / "base")
     assert RecipeParser().read(["--model_name_or_path", name])[0].model_name_or_path == f"{name}/merged"

@@ -18,10 +18,10 @@ from tiny_models import make_model
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
-from rewards.text import tool_calls, transcript
-from training.bind import load_rewards
-from training.bind_tools import load_environment, load_tools, template_options
-from training.recipe import Recipe, RecipeError
+from grpo_launcher.messages import tool_calls, transcript
+from grpo_launcher.plugins import load_rewards
+from grpo_launcher.bind_tools import load_environment, load_tools, template_options
+from grpo_launcher.config import Recipe, RecipeError
 
 MINE = '''
 def plain(city: str) -> str:
@@ -126,15 +126,15 @@ def test_a_setting_is_bound_and_the_model_does_not_see_it(mine, qwen):
 @pytest.mark.parametrize(
     ("tools", "settings", "said"),
     {
-        "no such function": (["tools.calculator.calculate"], None, "did you mean calculator?"),
+        "no such function": (["grpo_launcher.tools.calculator.calculate"], None, "did you mean calculator?"),
         "no such module": (["tool.calculator"], None, "tools: tool.calculator: there is no module"),
         "a setting that is misspelt": (["mine_tools.made"], {"made": {"units": "F"}}, "no setting `units`; did you mean unit?"),
         "a setting that the tool refuses": (["mine_tools.made"], {"made": {"unit": "K"}}, "unit is 'K'; C or F"),
         "the tokenizer as a setting": (["mine_tools.made"], {"made": {"tokenizer": "x"}}, "no setting `tokenizer`"),
         "settings of a tool without any": (["mine_tools.plain"], {"plain": {"city": "x"}}, "has no settings"),
         "settings of no tool": (["mine_tools.plain"], {"other": {}}, "other is none of the tools (plain)"),
-        "one that is needed": (["tools.search.search"], None, "tools.search.search needs corpus"),
-        "a corpus that is not there": (["tools.search.search"], {"search": {"corpus": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        "one that is needed": (["grpo_launcher.tools.search.search"], None, "grpo_launcher.tools.search.search needs corpus"),
+        "a corpus that is not there": (["grpo_launcher.tools.search.search"], {"search": {"corpus": "nowhere.jsonl"}}, "nowhere.jsonl"),
         "neither hints nor docstring": (["mine_tools.bare"], None, "mine_tools.bare"),
         "one name twice": (["mine_tools.plain", "mine_tools.plain"], None, "two tools are called plain"),
     }.values(),
@@ -190,7 +190,7 @@ def test_an_environment_is_trained_in(mine, tmp_path, monkeypatch):
 
 def test_a_template_that_cannot_hold_calls_is_refused_with_those_that_can(qwen):
     """TRL would find out in mid-run, or never."""
-    from tools.calculator import calculator
+    from grpo_launcher.tools.calculator import calculator
 
     whole = qwen.chat_template
     assert template_options([calculator], qwen) == {"tools": [calculator]}
@@ -231,7 +231,7 @@ def test_a_transcript_is_readable():
 def called(tmp_path_factory, launch):
     """called(task) → twelve finished steps of two ranks on a small task, by the model that was taught to call tools; each made once."""
     data, finished = tmp_path_factory.mktemp("tools") / "data", {}
-    subprocess.run([sys.executable, "-m", "quickstart.tools", "--output", str(data)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "grpo_launcher.quickstart.tools", "--output", str(data)], cwd=ROOT, check=True, capture_output=True)
 
     def run(task: str):
         if task not in finished:
@@ -274,7 +274,7 @@ def test_every_completion_belongs_to_its_prompt(called):
 
 @pytest.mark.slow
 def test_the_stock_class_mixes_prompts_up(called):
-    """The same run with TRL's own class fails, hangs or gives completions to the wrong prompts; when it does not, training/tool_lockstep.py can go."""
+    """The same run with TRL's own class fails, hangs or gives completions to the wrong prompts; when it does not, grpo_launcher/tool_lockstep.py can go."""
     folder = called("calculator").run_folder()
     home, stock = folder.parents[2], folder.parent / "stock"
     stock.mkdir()
@@ -282,7 +282,7 @@ def test_the_stock_class_mixes_prompts_up(called):
     (stock / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"output_dir": str(stock)}))
     (stock / "accelerate.yaml").write_text((folder / "accelerate.yaml").read_text())
     (stock / "plan.json").write_text((folder / "plan.json").read_text().replace(str(ROOT / "train.py"), str(ROOT / "tests/train_stock_tools.py")))
-    script = "import json, pathlib, sys; from launcher.supervise import supervise; folder = pathlib.Path(sys.argv[1])\n"
+    script = "import json, pathlib, sys; from grpo_launcher.launch.supervise import supervise; folder = pathlib.Path(sys.argv[1])\n"
     script += "sys.exit(supervise(json.loads((folder / 'plan.json').read_text()), folder, []))"
     mark = uuid.uuid4().hex
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GRPO_TEST_MARK": mark}

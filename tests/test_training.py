@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, test_data
 
-from quickstart.corpus import vocabulary, words
+from grpo_launcher.quickstart.corpus import vocabulary, words
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def test_server_and_trainer_hold_the_same_weights(quickstart_run):
 
 def test_without_the_sync_they_differ(quickstart_run):
     """The same run with the sync switched off shows it, so that the test above can fail."""
-    from launcher.supervise import supervise
+    from grpo_launcher.launch.supervise import supervise
 
     folder = quickstart_run(0).run_folder()
     unsynced = folder.parent / "unsynced"

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from chat import votes
+from grpo_launcher.chat import votes
 
 
 @pytest.mark.parametrize(

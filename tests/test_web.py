@@ -14,11 +14,11 @@ import pytest
 from browser import Browser, chromium
 from conftest import ROOT
 
-from chat import markup
-from chat.checkpoints import CheckpointError, Manner
-from chat.columns import Absent, End, Reply
-from chat.page import Page, Talk
-from chat.web import serve
+from grpo_launcher.chat import markup
+from grpo_launcher.chat.checkpoints import CheckpointError, Manner
+from grpo_launcher.chat.columns import Absent, End, Reply
+from grpo_launcher.chat.page import Page, Talk
+from grpo_launcher.chat.web import serve
 
 REQUEST = SimpleNamespace(session_hash="one page")
 MARKUP = "<img src=x onerror=\"document.title='broken'\">"
@@ -31,7 +31,7 @@ class Says:
         self.name, self.text, self.breaks, self.asked = name, text, breaks, []
 
     def stream(self, prompt, manner, stop=None, seed=None):
-        """See chat/columns.py."""
+        """See grpo_launcher/chat/columns.py."""
         self.asked.append((prompt, manner))
         yield ""
         for word in self.text.split():
@@ -42,7 +42,7 @@ class Says:
 
 
 class Lengths:
-    """Rewards like those of chat.scores."""
+    """Rewards like those of grpo_launcher.chat.scores."""
 
     left_out = ("judge is not given.",)
 

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Qwen2Config, Qwen2ForCausalLM
 
-from quickstart.pretrain import make_tokenizer
-from training import run_folder
-from training.encoder_decoder import TASK, is_encoder_decoder, model_class
-from training.recipe import RecipeParser, plain
+from grpo_launcher.quickstart.pretrain import make_tokenizer
+from grpo_launcher import runs as run_folder
+from grpo_launcher.seq2seq import TASK, is_encoder_decoder, model_class
+from grpo_launcher.config import RecipeParser, plain
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
 TEXTS = ["The cat sat on the mat and looked at the moon for an hour.", "Every night the cat climbs onto the roof and waits.", "今天天气很好，我们去公园。"]

@@ -3,7 +3,7 @@
 import sys
 
 import train
-from training.encoder_decoder import EncoderDecoder
+from grpo_launcher.seq2seq import EncoderDecoder
 
 
 def replies(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):

@@ -3,7 +3,7 @@
 import sys
 
 import train
-from training import trainer
+from grpo_launcher import trainer
 
 
 class Nothing:

@@ -3,7 +3,7 @@
 import sys
 
 import train
-from training import disk_sync
+from grpo_launcher import weight_sync as disk_sync
 
 
 def skip(self, metadata, named_params):

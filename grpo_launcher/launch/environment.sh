@@ -1,0 +1,92 @@
+# The one place that installs. Sourced by launch_train.sh and run_tests.sh with $here set; leaves the interpreter in $PYTHON.
+# --no-install among the arguments trusts the active environment.
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+lock="$here/requirements/cpu.lock" needed=6
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    lock="$here/requirements/gpu.lock" needed=20
+fi
+
+# Whether the interpreter $1 is a 3.11 that has every package of the lock in its version.
+suitable() {
+    "$1" - "$lock" <<'EOF' 2>/dev/null
+import sys
+from importlib.metadata import version
+assert sys.version_info[:2] == (3, 11)
+for line in open(sys.argv[1], encoding="utf-8"):
+    name, wanted = line.split("==")
+    assert version(name).split("+")[0] == wanted.strip()
+EOF
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.11 python3 python; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 is needed and neither python3.11, python3 nor python is one ($(python3 --version 2>&1 || true)); install python3.11 with its venv and dev packages, or activate an environment that has it."
+}
+
+# Run a command that ends with this shell, and does not hold the lock.
+interruptible() {
+    "$@" 9>&- &
+    local child=$!
+    trap 'kill $child 2>/dev/null; echo "Stopped; a second start goes on from here." >&2; exit 143' INT TERM HUP
+    local status=0
+    wait $child || status=$?
+    trap - INT TERM HUP
+    return $status
+}
+
+install() {
+    local python free
+    python=$(find_python)
+    if [[ $lock == */gpu.lock ]]; then
+        command -v g++ >/dev/null || fail "g++ is needed with a GPU: DeepSpeed and vLLM compile operators at their first launch. On Debian or Ubuntu: apt-get install g++"
+        "$python" -c 'import os, sysconfig; assert os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2>/dev/null ||
+            fail "Python.h is needed with a GPU: DeepSpeed and vLLM compile operators at their first launch. On Debian or Ubuntu: apt-get install python3.11-dev"
+    fi
+    free=$(($(df -Pk "$here" | awk 'NR == 2 {print $4}') / 1048576))
+    ((free >= needed)) || fail "$here has $free GB free and the installation needs $needed; free some, or use an environment of your own with --no-install."
+    echo "Installing $(wc -l <"$lock") packages from ${lock#"$here"/} into .venv (once; minutes)"
+    if ! "$here/.venv/bin/python" -c 'import pip, sys; assert sys.version_info[:2] == (3, 11)' 2>/dev/null; then
+        "$python" -m venv --clear "$here/.venv" || fail "$python -m venv failed; on Debian or Ubuntu: apt-get install python3.11-venv"
+    fi
+    local pip=("$here/.venv/bin/python" -m pip install --no-deps --disable-pip-version-check)
+    [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || pip+=(--no-compile) # Python compiles what it imports, and keeps it unless told not to
+    if [[ $lock == */cpu.lock ]]; then
+        # The ordinary Linux wheel of torch is a CUDA build. Where this index cannot be reached pip warns and goes on.
+        interruptible "${pip[@]}" --quiet --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' "$lock")" ||
+            fail "torch could not be installed; the messages above say why. A second start goes on from here."
+    fi
+    interruptible "${pip[@]}" --progress-bar off --requirement "$lock" 2>"$here/.venv/pip.log" > >(
+        awk -v all="$(wc -l <"$lock")" -v terminal="$([ -t 1 ] && echo 1)" '
+            /^(Collecting|Requirement)/ {if (terminal) printf "\r  %d of %d", ++n, all; fflush()}
+            /^Installing/ {printf "%s  unpacking\n", terminal ? "\n" : ""; fflush()}'
+    ) ||
+        { cat "$here/.venv/pip.log" >&2; fail "the packages could not be installed. A second start goes on from here."; }
+}
+
+if [[ " $* " == *" --no-install "* ]]; then
+    PYTHON=$(command -v python || command -v python3) || fail "--no-install: there is no python on the PATH."
+elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && suitable "$(command -v python)"; then
+    PYTHON=$(command -v python)
+else
+    PYTHON="$here/.venv/bin/python"
+    exec 9>"$here/.venv.lock"
+    flock --nonblock 9 || { echo "Waiting for another installation into .venv"; flock 9; }
+    stamp=$(cat "$lock" "$here/pyproject.toml" | sha256sum | cut -d' ' -f1)
+    if [ "$(cat "$here/.venv/installed" 2>/dev/null)" != "$stamp" ]; then
+        install
+        "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check --editable "$here" ||
+            fail "the project itself could not be installed into .venv; the messages above say why."
+        suitable "$PYTHON" && "$PYTHON" -c 'import torch, grpo_launcher' || fail "the environment .venv is not whole (for a machine without a GPU torch must come from PyTorch's CPU wheel index); remove the folder .venv and start again."
+        echo "$stamp" >"$here/.venv/installed"
+    fi
+    exec 9>&-
+fi
+export PATH="$(dirname "$PYTHON"):$PATH" # DeepSpeed looks for ninja there
