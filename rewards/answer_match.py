@@ -6,7 +6,7 @@ import string
 import unicodedata
 from collections import Counter
 
-from grpo_launcher.messages import CHINESE, reply, tool_calls
+from grpo_launcher.messages import CHINESE, last_reply, tool_calls
 
 # What says that a question cannot be answered: normalised, so without articles and punctuation, at the beginning of the answer.
 NONE = ["unanswerable", "no answer", "not answerable", "cannot be answered", "question is unanswerable", "question cannot be answered", "not in passage"]
@@ -74,7 +74,7 @@ def _matches(name: str, completions, answers) -> list[tuple[float, float]]:
     for completion, gold in zip(completions, answers, strict=True):
         if not isinstance(gold, list | tuple) or not all(isinstance(text, str) and text.strip() for text in gold):
             raise ValueError(f"{name}: answers is {gold!r}, and has to be a list of texts for each row, an empty list where there is no answer")
-        text = reply(completion)
+        text = last_reply(completion)
         text = (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE) or [text])[-1]
         given = _tokens(text)
         if gold:

@@ -4,7 +4,7 @@ import math
 import re
 from typing import NamedTuple
 
-from grpo_launcher.messages import reply, tool_calls
+from grpo_launcher.messages import last_reply, tool_calls
 
 COUNTED = 3  # failed calls that cost: more of them are no reason to stop trying
 _WRITTEN = str.maketrans(dict(zip("０１２３４５６７８９．－／％＄￥−–", "0123456789.-/%$¥--", strict=True)) | {"½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
@@ -83,7 +83,7 @@ def _succeeded(call) -> bool:
 
 
 def _is_right(reward: str, completion, gold: str, tolerance: float) -> float:
-    wanted, given = last_number(str(gold)), last_number(reply(completion))
+    wanted, given = last_number(str(gold)), last_number(last_reply(completion))
     if wanted is None or not math.isfinite(wanted.value):
         raise ValueError(f"{reward}: answer is {gold!r}, and has to hold a number, such as 72, 1,234, 3/4 or 50%")
     if given is None:

@@ -1,6 +1,6 @@
 """Reward a reply for being written in Chinese."""
 
-from grpo_launcher.messages import CHINESE, reply
+from grpo_launcher.messages import CHINESE, last_reply
 
 
 def chinese_reward(completions, **columns) -> list[float]:
@@ -9,5 +9,5 @@ def chinese_reward(completions, **columns) -> list[float]:
     Punctuation, digits, emoji and spaces count on neither side; a Latin word counts once a letter. completions: B replies, as text or
     as chat messages. Returns B floats.
     """
-    letters = ["".join(filter(str.isalpha, reply(completion))) for completion in completions]
+    letters = ["".join(filter(str.isalpha, last_reply(completion))) for completion in completions]
     return [len(CHINESE.findall(text)) / len(text) if text else 0.0 for text in letters]

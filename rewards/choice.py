@@ -3,7 +3,7 @@
 import re
 import unicodedata
 
-from grpo_launcher.messages import reply
+from grpo_launcher.messages import last_reply
 
 REFUSED = "refused"
 REFUSALS = {"拒答", "拒絕回答", "拒绝回答", "不知道", "不確定", "不确定", "refuse", "refused", "i refuse", "unknown", "unsure", "i don't know", "i do not know"}
@@ -45,7 +45,7 @@ def choice_reward(completions, answer, *, right: float = 1.0, refused: float = 0
     for completion, gold in zip(completions, answer, strict=True):
         if gold not in ("A", "B", "C", "D"):
             raise ValueError(f"choice_reward: answer is {gold!r}, and has to be A, B, C or D")
-        given = chosen(reply(completion))
+        given = chosen(last_reply(completion))
         scores.append(float({None: unparseable, REFUSED: refused, gold: right}.get(given, wrong)))
     return scores
 
@@ -55,7 +55,7 @@ def choice_accuracy(completions, answer, **columns) -> list[float]:
 
     completions: B replies, as text or as chat messages; answer: B letters A to D. Returns B floats.
     """
-    return [float(chosen(reply(completion)) == gold) for completion, gold in zip(completions, answer, strict=True)]
+    return [float(chosen(last_reply(completion)) == gold) for completion, gold in zip(completions, answer, strict=True)]
 
 
 def choice_refusal(completions, **columns) -> list[float]:
@@ -63,7 +63,7 @@ def choice_refusal(completions, **columns) -> list[float]:
 
     completions: B replies, as text or as chat messages. Returns B floats.
     """
-    return [float(chosen(reply(completion)) == REFUSED) for completion in completions]
+    return [float(chosen(last_reply(completion)) == REFUSED) for completion in completions]
 
 
 def choice_accuracy_of_answered(completions, answer, **columns) -> list[float | None]:
@@ -71,7 +71,7 @@ def choice_accuracy_of_answered(completions, answer, **columns) -> list[float | 
 
     completions: B replies, as text or as chat messages; answer: B letters A to D. Returns B floats or None.
     """
-    given = [chosen(reply(completion)) for completion in completions]
+    given = [chosen(last_reply(completion)) for completion in completions]
     return [None if letter in (None, REFUSED) else float(letter == gold) for letter, gold in zip(given, answer, strict=True)]
 
 
@@ -80,7 +80,7 @@ def choice_format_reward(completions, **columns) -> list[float]:
 
     completions: B replies, as text or as chat messages. Returns B floats.
     """
-    return [float(_is_whole(unicodedata.normalize("NFKC", reply(completion)).lower())) for completion in completions]
+    return [float(_is_whole(unicodedata.normalize("NFKC", last_reply(completion)).lower())) for completion in completions]
 
 
 def _is_whole(text: str) -> bool:
@@ -99,6 +99,6 @@ def reasoning_length_reward(completions, *, least: int = 100, **columns) -> list
         raise ValueError(f"reasoning_length_reward: least is {least}, and has to be at least 1")
     scores = []
     for completion in completions:
-        match = re.search(r"<reasoning>(.*?)(?:</reasoning>|<answer>|$)", unicodedata.normalize("NFKC", reply(completion)), re.DOTALL | re.IGNORECASE)
+        match = re.search(r"<reasoning>(.*?)(?:</reasoning>|<answer>|$)", unicodedata.normalize("NFKC", last_reply(completion)), re.DOTALL | re.IGNORECASE)
         scores.append(min(1.0, len(match[1].strip()) / least) if match else 0.0)
     return scores

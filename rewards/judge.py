@@ -9,7 +9,7 @@ import secrets
 import unicodedata
 from pathlib import Path
 
-from grpo_launcher.messages import reply
+from grpo_launcher.messages import last_reply
 
 CACHED = 10_000  # ratings
 LONGEST = 1_000  # characters of a judge's answer
@@ -69,7 +69,7 @@ async def judge_reward(
     from openai.types.chat import ChatCompletion
 
     system, client = _template(template), _client(base_url, timeout, retries, concurrency)
-    asked = [(base_url, model, system, _question(p), reply(c)) for p, c in zip(prompts, completions, strict=True)]
+    asked = [(base_url, model, system, _question(p), last_reply(c)) for p, c in zip(prompts, completions, strict=True)]
     ratings = {key: _cache[key] for key in asked if key in _cache}
     wanted = [key for key in dict.fromkeys(asked) if key not in ratings and not _instructs(key[-1])]
     limit, failures = asyncio.Semaphore(concurrency), []

@@ -2,7 +2,7 @@
 
 import math
 
-from grpo_launcher.messages import reply
+from grpo_launcher.messages import last_reply
 
 
 def length_reward(completions, *, target: int = 200, **columns) -> list[float]:
@@ -10,7 +10,7 @@ def length_reward(completions, *, target: int = 200, **columns) -> list[float]:
 
     completions: B replies, as text or as chat messages (the last assistant message counts). Returns B floats.
     """
-    return [-float(abs(target - len(reply(completion)))) for completion in completions]
+    return [-float(abs(target - len(last_reply(completion)))) for completion in completions]
 
 
 def smooth_length_reward(completions, *, target: int = 300, tolerance: int = 30, scale: float = 0.05, **columns) -> list[float]:
@@ -19,7 +19,7 @@ def smooth_length_reward(completions, *, target: int = 300, tolerance: int = 30,
     The square root keeps one very long reply from drowning the rest of its group. completions: B replies, as text or as chat
     messages. Returns B floats.
     """
-    excess = (max(0, abs(target - len(reply(completion))) - tolerance) for completion in completions)
+    excess = (max(0, abs(target - len(last_reply(completion))) - tolerance) for completion in completions)
     return [-scale * beyond**0.5 for beyond in excess]
 
 
@@ -32,7 +32,7 @@ def gaussian_length_reward(completions, *, target: int = 200, spread: float = 50
     """
     if not spread > 0:
         raise ValueError(f"gaussian_length_reward: spread is {spread}, and has to be above 0")
-    return [10 * math.exp(-((len(reply(completion)) - target) ** 2) / spread) for completion in completions]
+    return [10 * math.exp(-((len(last_reply(completion)) - target) ** 2) / spread) for completion in completions]
 
 
 def length_similarity_reward(completions, reference, **columns) -> list[float]:
@@ -41,5 +41,5 @@ def length_similarity_reward(completions, reference, **columns) -> list[float]:
     completions: B replies, as text or as chat messages; reference: B texts. Returns B floats. Raises ValueError if there are not as
     many references as replies.
     """
-    lengths = [sorted((len(reply(completion)), len(wanted))) for completion, wanted in zip(completions, reference, strict=True)]
+    lengths = [sorted((len(last_reply(completion)), len(wanted))) for completion, wanted in zip(completions, reference, strict=True)]
     return [shorter / longer if longer else 1.0 for shorter, longer in lengths]

@@ -2,7 +2,7 @@
 
 import functools
 
-from grpo_launcher.messages import reply
+from grpo_launcher.messages import last_reply
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
@@ -15,7 +15,7 @@ def perplexity_reward(prompts, completions, *, model: str = MODEL, batch_size: i
     log-likelihood of the reply's tokens (Jelinek et al. 1977). Raises OSError where the model cannot be read.
     """
     network, tokenizer = _load(model)
-    pairs = [_ids(tokenizer, network.config, prompt, reply(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+    pairs = [_ids(tokenizer, network.config, prompt, last_reply(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
     scores = [0.0] * len(pairs)
     order = sorted((index for index, (_, answer) in enumerate(pairs) if answer), key=lambda index: sum(map(len, pairs[index])))
     for start in range(0, len(order), batch_size):

@@ -1,6 +1,6 @@
 """Reward a reply for not repeating itself."""
 
-from grpo_launcher.messages import reply, words
+from grpo_launcher.messages import last_reply, words
 
 
 def distinct_words_reward(completions, **columns) -> list[float]:
@@ -9,7 +9,7 @@ def distinct_words_reward(completions, **columns) -> list[float]:
     The type-token ratio, or distinct-1 (Li et al. 2016, arXiv:1510.03055). Long replies score lower by nature: compare like with like.
     completions: B replies, as text or as chat messages. Returns B floats.
     """
-    found = [words(reply(completion)) for completion in completions]
+    found = [words(last_reply(completion)) for completion in completions]
     return [len(set(said)) / len(said) if said else 0.0 for said in found]
 
 
@@ -21,7 +21,7 @@ def ngram_repetition_reward(completions, *, n: int = 3, **columns) -> list[float
     """
     if n < 1:
         raise ValueError(f"ngram_repetition_reward: n is {n}, and has to be at least 1")
-    return [_share_of_repeats(words(reply(completion)), n) for completion in completions]
+    return [_share_of_repeats(words(last_reply(completion)), n) for completion in completions]
 
 
 def _share_of_repeats(said: list[str], n: int) -> float:

@@ -5,7 +5,7 @@ import math
 import re
 from types import SimpleNamespace
 
-from grpo_launcher.messages import CHINESE, reply
+from grpo_launcher.messages import CHINESE, last_reply
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TOKEN = re.compile(rf"[a-z0-9]+|{CHINESE.pattern}")
@@ -27,7 +27,7 @@ def rouge_reward(completions, reference, *, weights: dict[str, float] | None = N
     total = sum(weights.values())
     if not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
         raise ValueError(f"rouge_reward: weights has to hold numbers from 0 up with a sum above 0 for any of {', '.join(KINDS)}, not {weights}")
-    scored = [_scores(wanted, reply(completion), tuple(weights)) for completion, wanted in zip(completions, reference, strict=True)]
+    scored = [_scores(wanted, last_reply(completion), tuple(weights)) for completion, wanted in zip(completions, reference, strict=True)]
     return [sum(weight * f1[kind] for kind, weight in weights.items()) / total for f1 in scored]
 
 
