@@ -1,27 +1,25 @@
-"""What a recipe is: TRL's own fields, the few of ours, and the parser that holds a YAML file and flags against them.
+"""Recipes: TRL's own fields, the few of ours, and the parser that reads a YAML file and flags.
 
-`python -m grpo_launcher.config show configs/X.yaml [--key value …]` prints a recipe as a run would see it.
+python -m grpo_launcher.config show configs/NAME.yaml [--key value ...] prints a recipe as resolved.
 """
 
 import argparse
 import dataclasses
-import difflib
 import enum
 import json
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 import yaml
 from transformers import Seq2SeqTrainingArguments
 from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from grpo_launcher import merge
+from grpo_launcher.errors import UserError, did_you_mean
 
-# Fields that TRL keeps as free text and reads only when training has begun.
+# Fields that TRL keeps as free text and reads only after the model is loaded. A test holds them against TRL's documentation.
 CHOICES = {
     "loss_type": ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"],
     "scale_rewards": ["group", "batch", "none", True, False, "True", "False"],
@@ -30,271 +28,324 @@ CHOICES = {
     "vllm_importance_sampling_mode": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
     "multi_objective_aggregation": ["sum_then_normalize", "normalize_then_sum"],
 }
-# Where this project's defaults differ from TRL's: every step is logged, with its completions; no LoRA dropout, with which the trainer's
-# log-probabilities would differ from those that the server sampled by; and a push, where one is asked for, of the final checkpoint alone.
-DEFAULTS = {"logging_steps": 1, "log_completions": True, "report_to": "tensorboard", "disable_tqdm": True, "lora_dropout": 0.0, "hub_strategy": "end"}
-CPU = {"use_cpu": True, "bf16": False}
-MAPPINGS = ("reward_kwargs", "tool_kwargs", "guards", "provenance")  # a flag gives them as JSON; everybody else sees a dict
+SFT_LOSSES = ["nll", "dft", "chunked_nll"]
+DEFAULTS = {
+    "logging_steps": 1,
+    "log_completions": True,
+    "num_completions_to_print": 0,  # silences TRL's table of samples; the trainer prints its own
+    "report_to": "tensorboard",
+    "disable_tqdm": True,
+    "lora_dropout": 0.0,  # with dropout the trainer's log-probabilities differ from those of the server
+    "hub_strategy": "end",  # only the final checkpoint is pushed
+}
+MAPPINGS = ("reward_kwargs", "tool_kwargs", "guards")  # a flag gives them as JSON
+PLUGIN_FIELDS = ("reward_funcs", "tools", "environment_factory")
 
 
-SUPERVISED_LOSSES = ["nll", "dft", "chunked_nll"]
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run: says the file, the field, the value and what to do."""
+def _help(text: str) -> dict:
+    return {"metadata": {"help": text}}
 
 
 @dataclass
 class Recipe(ScriptArguments):
-    """The fields of this project; every other field of a recipe is TRL's, and TRL's documentation is ours.
+    """The fields of this project. Every other field of a recipe is TRL's, and TRL's documentation describes it.
 
-    dataset_name (TRL's) is a Hub id, a prepared folder such as data/tldr, or one jsonl, json, csv or parquet file.
+    dataset_name (TRL's) is a Hub id, a prepared folder such as data/tldr, or one file of rows.
     """
 
     method: Literal["grpo", "sft"] = field(
         default="grpo",
-        metadata={
-            "help": "grpo rewards what the model writes; sft (supervised) teaches it the column `reference` word by word, as a warm-up say. A run "
-            "of either starts from the final checkpoint of the other. Rewards of a supervised recipe are those by which chat and comparison score."
-        },
+        **_help("grpo: reinforcement learning from rewards. sft: supervised fine-tuning on the column `reference`."),
     )
     reward_funcs: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Rewards by dotted name (rewards.length.length_reward, or module.function of your own, beside the recipe or in the folder "
-            "you stand in), or the Hub id or folder of a reward model."
-        },
+        **_help(
+            "Rewards: my_reward.py:function (relative to the recipe or the working directory), module.function "
+            "of an installed package (rewards.length.length_reward), or the Hub id or folder of a reward model."
+        ),
     )
     reward_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": "Options of the rewards, by function name: {length_reward: {target: 200}}."},
+        default=None, **_help("Options of the rewards, by function name: {length_reward: {target: 200}}.")
     )
     tools: list[str] | None = field(
-        default=None,
-        metadata={"help": "Tools that the model may call, by dotted name (grpo_launcher.tools.calculator.calculator, or module.function of your own)."},
+        default=None, **_help("Tools that the model may call, named like rewards: grpo_launcher.tools.calculator.")
     )
     tool_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": "Settings of the tools, by function name: {search: {corpus: data/search_qa/corpus.jsonl, k: 3}}; the model does not see them."},
+        default=None, **_help("Settings of the tools, by function name. The model does not see them.")
     )
     environment_factory: str | None = field(
         default=None,
-        metadata={"help": "Class by dotted name: an object for each reply; reset(**row) begins it, public methods are tools, get_reward() may rate it."},
+        **_help(
+            "Class, named like a reward: reset(**row) begins a rollout, public methods are tools, get_reward() may "
+            "rate it."
+        ),
     )
     guards: dict | str | None = field(
         default=None,
-        metadata={
-            "help": "Ranges that end the run when left for some steps: {kl: {max: 0.5, steps: 3}, entropy: null}; null switches one off. "
-            "By default: see grpo_launcher/guards.py."
-        },
+        **_help("Ranges of metrics: {kl: {max: 0.5, steps: 3}, entropy: null}. See docs/launcher.md."),
     )
     eval_rows: int | None = field(
-        default=None,
-        metadata={"help": "Held-out prompts that an evaluation asks, the first of the test split. By default all of it."},
+        default=None, **_help("Number of test prompts in an evaluation: the first of the split. Default: all.")
     )
     prepare: str | None = field(
         default=None,
-        metadata={"help": "Module that makes what the recipe needs, run with `python -m` before the launcher plans; it must return at once when all is there."},
+        **_help("Module that makes what the recipe needs. The launcher runs it with python -m before the run."),
     )
     parallel: Literal["zero3", "ddp"] | None = field(
         default=None,
-        metadata={
-            "help": "How the training ranks share the work: zero3 shards weights, gradients and optimizer (zero3.yaml); ddp keeps all of them on "
-            "every rank (ddp.yaml). The launcher fills it: zero3, but for quantised weights."
-        },
+        **_help(
+            "How ranks share the work: zero3 (zero3.yaml) or ddp (ddp.yaml). Default: zero3; ddp for quantised "
+            "weights."
+        ),
     )
-    weight_sync: Literal["nccl", "disk"] = field(
-        default="nccl",
-        metadata={
-            "help": "How the vLLM server gets new weights: over NCCL (GPUs), or as a file in shared memory (CPU, or where NCCL cannot "
-            "connect the two). The launcher fills it."
-        },
-    )
-    sample_every: int = field(
-        default=10,
-        metadata={"help": "Steps between two printed samples of prompt, replies and rewards; 0 prints none."},
-    )
-    provenance: dict | str | None = field(
+    weight_sync: Literal["nccl", "disk"] | None = field(
         default=None,
-        metadata={"help": "Written by the launcher into a run's recipe.yaml: versions, commit, system prompt."},
+        **_help(
+            "How the vLLM server gets new weights: over NCCL, or as a file in shared memory (disk). Default: nccl "
+            "with GPUs, else disk."
+        ),
     )
+    vllm_server_args: list[str] | None = field(
+        default=None, **_help("More arguments of the vLLM server, passed through as they are: ['--max-num-seqs=64'].")
+    )
+    sample_every: int = field(default=10, **_help("Steps between two printed samples. 0 prints none."))
 
 
 @dataclass
 class SupervisedConfig(SFTConfig, Seq2SeqTrainingArguments):
-    """Arguments of a supervised run, whichever of the two trainers a model needs. What a recipe can set of them are the fields that GRPOConfig has too."""
+    """Arguments of a supervised run, for TRL's SFTTrainer or transformers' Seq2SeqTrainer."""
 
     max_length: int | None = None  # nothing is cut: what is too long is refused, or left out by process_dataset.py
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error; the stock loader lets the last one win in silence."""
+@dataclass
+class Config:
+    """A recipe as read.
+
+    Attributes:
+        values: every field of Recipe, GRPOConfig and ModelConfig. Plugin files are absolute paths.
+        given: sorted names of the fields that the YAML file or a flag gave.
+        name: the recipe's name, from its file.
+    """
+
+    values: dict[str, Any]
+    given: list[str]
+    name: str
+
+    @property
+    def recipe(self) -> Recipe:
+        """The fields of this project."""
+        return build(Recipe, self.values)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice. The stock loader keeps the last one in silence."""
 
     def construct_mapping(self, node, deep=False):
-        seen = {}
+        lines = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            if key.value in seen:
-                raise RecipeError(f"{self.name}: `{key.value}` stands in lines {seen[key.value]} and {line}; keep one of them.")
-            seen[key.value] = line
+            if key.value in lines:
+                raise UserError(
+                    f"{self.name}: {key.value}", f"given in lines {lines[key.value]} and {line}", "keep one of them"
+                )
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 
-class RecipeParser(TrlParser):
-    """TrlParser for (Recipe, GRPOConfig, ModelConfig) whose errors name file, field, value and remedy."""
+class _Parser(TrlParser):
+    """TrlParser whose errors name the field and the remedy."""
 
     def __init__(self):
         super().__init__((Recipe, GRPOConfig, ModelConfig), prog="train.py", allow_abbrev=False)
-        self.description = "Train a recipe: python train.py --config configs/NAME.yaml [--key value …]"
+        self.description = "Train a recipe: python train.py --config configs/NAME.yaml [--key value ...]"
         self.known = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
 
     def error(self, message):
-        raise RecipeError(f"{message[0].upper()}{message[1:].rstrip('.')}. `python train.py --help` lists every field.")
+        message = message.rstrip(".")
+        raise UserError("flags", message, "python train.py --help lists every field")
 
-    def read(self, argv: list[str], adapt: bool = True) -> tuple[argparse.Namespace, list[str]]:
-        """All values, TRL's default < this project's < YAML < the machine < flags, and the names of those that YAML or flags gave.
-
-        adapt=False leaves the machine out, for the launcher, whose plan decides that and says so.
-        """
-        argv = list(argv)
-        config = {}
-        path = None
-        if "--config" in argv:
-            at = argv.index("--config")
-            if at + 1 == len(argv):
-                self.error("--config needs the path of a recipe")
-            path = argv[at + 1]
-            del argv[at : at + 2]
-            config = self._from_yaml(path)
-            sys.path.append(str(Path(path).resolve().parent))
-        sys.path.append(os.getcwd())
-        flags = {token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")}
-        machine = {} if torch.cuda.is_available() or not adapt else {key: value for key, value in CPU.items() if key not in flags}
-        self.set_defaults_with_config(**{**DEFAULTS, **config, **machine})
-        values, unknown = self.parse_known_args(argv)
-        supervised = values.method == "sft"
-        if supervised:
-            self.set_defaults_with_config(**{**_supervised_defaults(), **DEFAULTS, **config, **machine})
-            values, unknown = self.parse_known_args(argv)
-        if unknown:
-            self.error(f"unknown flag {unknown[0]}{self._nearest(unknown[0].lstrip('-'), '--')}")
-        for name, allowed in (CHOICES | ({"loss_type": SUPERVISED_LOSSES} if supervised else {})).items():
-            if getattr(values, name) not in allowed:
-                choices = ", ".join(choice for choice in allowed if isinstance(choice, str))
-                raise RecipeError(f"{path or 'flags'}: {name}: {getattr(values, name)!r} is none of {choices}.")
-        for name in MAPPINGS:
-            vars(values)[name] = _mapping(path, name, getattr(values, name))
-        values.model_name_or_path = values.model_name_or_path and merge.start(values.model_name_or_path)
-        flags = {name.removeprefix("no_") if name not in self.known else name for name in flags}
-        return values, sorted((set(config) | flags) & set(self.known))
-
-    def parse(self, argv: list[str]) -> tuple[Recipe, GRPOConfig | SupervisedConfig, ModelConfig]:
-        """The dataclasses of a run. Builds GRPOConfig or SupervisedConfig, so it must run with the run's own number of ranks."""
-        values, _ = self.read(argv)
-        self.require_model_and_rows(values)
-        recipe, args, model = (build(kind, values) for kind in (Recipe, arguments_class(values), ModelConfig))
-        args.output_dir = values.output_dir  # None where nobody named a folder: transformers would put one of its own
-        return recipe, args, model
-
-    @staticmethod
-    def require_model_and_rows(values: argparse.Namespace) -> None:
-        """Raise RecipeError where the recipe names no model or no dataset, or wants to be pushed without a name."""
-        if not values.model_name_or_path:
-            raise RecipeError("model_name_or_path: give a Hub id or a folder.")
-        if not values.dataset_name:
-            raise RecipeError("dataset_name: give a prepared folder (data/tldr), a file of rows or a Hub id.")
-        if values.push_to_hub and not values.hub_model_id:
-            raise RecipeError("push_to_hub: give hub_model_id too, such as you/short-summaries; it would be called by the run's number.")
-
-    def _from_yaml(self, path: str) -> dict:
+    def read_yaml(self, path: str) -> dict:
         try:
             with open(path, encoding="utf-8") as file:
-                config = yaml.load(file, Loader=_UniqueKeys)
+                content = yaml.load(file, Loader=_UniqueKeyLoader)
         except OSError as error:
-            raise RecipeError(f"{path}: {error.strerror}.") from None
+            raise UserError(path, error.strerror) from None
         except yaml.YAMLError as error:
-            raise RecipeError(f"{path}: not valid YAML: {error}") from None
-        if not isinstance(config, dict):
-            raise RecipeError(f"{path}: a recipe is a mapping of fields, `name: value` a line.")
-        for name in config:
+            raise UserError(path, f"not valid YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(path, "not a mapping", "write one `name: value` a line")
+        for name in content:
             if name not in self.known:
-                raise RecipeError(f"{path}: unknown field `{name}`{self._nearest(name)}.")
-        return {name: self._cast(path, name, value) for name, value in config.items()}
+                raise UserError(f"{path}: {name}", "unknown field", did_you_mean(str(name), self.known))
+        return {name: self._cast(path, name, value) for name, value in content.items()}
 
     def _cast(self, path: str, name: str, value):
-        """A YAML value as the command line would read it, so that both refuse the same."""
+        """Read a YAML value as the command line would, so that both refuse the same."""
         action = self.known[name]
-        text = action.type is str
-        if value is None or (text and isinstance(value, (dict, list)) and action.nargs is None):
+        is_list_field = action.nargs == "+"
+        if value is None or (action.type is str and isinstance(value, dict | list) and not is_list_field):
             return value
-        if isinstance(value, dict) or (isinstance(value, list) and action.nargs != "+"):
-            raise RecipeError(f"{path}: {name}: {value!r}: one value is wanted here.")
+        if isinstance(value, dict) or (isinstance(value, list) and not is_list_field):
+            raise UserError(f"{path}: {name}", f"one value is wanted, not {value!r}")
         try:
-            if action.nargs == "+":
+            if is_list_field:
                 return [self._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
             return self._get_value(action, str(value))
         except argparse.ArgumentError as error:
-            raise RecipeError(f"{path}: {name}: {value!r}: {error.message}.") from None
-
-    def _nearest(self, name: str, prefix: str = "") -> str:
-        near = difflib.get_close_matches(name.replace("-", "_"), self.known, n=1)
-        return f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise UserError(f"{path}: {name}", f"{value!r}: {error.message}") from None
 
 
-def _mapping(path: str | None, name: str, value: dict | str | None) -> dict | None:
+def load_config(argv: list[str]) -> Config:
+    """Read a recipe: TRL's defaults < DEFAULTS < the YAML file of --config < flags.
+
+    Args:
+        argv: as for train.py, for example ["--config", "configs/quickstart.yaml", "--beta", "0.1"].
+
+    Raises:
+        UserError: unknown field or flag, or a value that the field cannot have.
+    """
+    argv = list(argv)
+    parser = _Parser()
+    path, content, folders = None, {}, [Path.cwd()]
+    if "--config" in argv:
+        position = argv.index("--config")
+        if position + 1 == len(argv):
+            parser.error("--config needs the path of a recipe")
+        path = argv[position + 1]
+        del argv[position : position + 2]
+        content = parser.read_yaml(path)
+        folders.append(Path(path).resolve().parent)
+        _resolve_plugins(content, folders[::-1])
+
+    parser.set_defaults_with_config(**DEFAULTS | content)
+    namespace, unknown = parser.parse_known_args(argv)
+    if namespace.method == "sft":
+        parser.set_defaults_with_config(**_sft_defaults() | DEFAULTS | content)
+        namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UserError(name, "unknown flag", did_you_mean(name.lstrip("-").replace("-", "_"), parser.known))
+
+    values = {name: plain(value) for name, value in vars(namespace).items()}
+    _resolve_plugins(values, folders)
+    for name in MAPPINGS:
+        values[name] = _as_mapping(name, values[name])
+    for name, allowed in (CHOICES | ({"loss_type": SFT_LOSSES} if namespace.method == "sft" else {})).items():
+        if values[name] not in allowed:
+            choices = [choice for choice in allowed if isinstance(choice, str)]
+            raise UserError(name, f"unknown value {values[name]!r}", did_you_mean(str(values[name]), choices))
+    _require(values)
+    flags = {token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")}
+    flags = {name if name in parser.known else name.removeprefix("no_") for name in flags}
+    given = sorted((set(content) | flags) & set(parser.known))
+    return Config(values, given, Path(path).stem if path else "flags")
+
+
+def _require(values: dict) -> None:
+    if not values["model_name_or_path"]:
+        raise UserError("model_name_or_path", "missing", "give a Hub id or a folder")
+    if not values["dataset_name"]:
+        raise UserError("dataset_name", "missing", "give a prepared folder (data/tldr), a file of rows or a Hub id")
+    if values["push_to_hub"] and not values["hub_model_id"]:
+        raise UserError("push_to_hub", "hub_model_id is missing", "give it, for example you/short-summaries")
+
+
+def _resolve_plugins(values: dict, folders: list[Path]) -> None:
+    """Make `file.py:function` absolute: the first of `folders` that has the file."""
+
+    def resolve(field_name: str, name: str) -> str:
+        file, colon, function = name.rpartition(":")
+        if not colon:
+            if name.endswith(".py"):
+                raise UserError(field_name, f"{name} names no function", f"write {name}:function")
+            return name
+        for folder in folders:
+            path = Path(folder, os.path.expanduser(file))
+            if path.is_file():
+                return f"{path.resolve()}:{function}"
+        places = " and ".join(str(folder) for folder in folders)
+        raise UserError(
+            field_name,
+            f"there is no file {file} in {places}",
+            "give its path relative to one of them, or an absolute one",
+        )
+
+    for field_name in PLUGIN_FIELDS:
+        value = values.get(field_name)
+        if isinstance(value, str):
+            values[field_name] = resolve(field_name, value)
+        elif value:
+            values[field_name] = [resolve(field_name, name) for name in value]
+
+
+def _as_mapping(name: str, value: dict | str | None) -> dict | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
-            value = [value]
+        except json.JSONDecodeError as error:
+            raise UserError(name, f"not JSON: {error}", f"""write --{name} '{{"name": {{"option": 1}}}}'""") from None
     if not isinstance(value, dict | None):
-        raise RecipeError(f"{path or 'flags'}: {name}: {value!r}: a mapping is wanted; a flag takes it as JSON.")
+        raise UserError(name, f"a mapping is wanted, not {value!r}")
     return value
 
 
-def arguments_class(values: argparse.Namespace) -> type:
-    """Which of TRL's arguments a recipe's method takes."""
-    return SupervisedConfig if values.method == "sft" else GRPOConfig
+def arguments_class(method: str) -> type:
+    """Return the class of training arguments of a method."""
+    return SupervisedConfig if method == "sft" else GRPOConfig
 
 
-def build(kind: type, values: argparse.Namespace, **changes):
-    """One of the dataclasses from the values that belong to it."""
-    names = [name for name, one in kind.__dataclass_fields__.items() if one.init]
-    given = {name: getattr(values, name) for name in names if hasattr(values, name)}
-    return kind(**given | {name: value for name, value in changes.items() if name in names})
+def build(kind: type, values: dict, **changes):
+    """Build one of the dataclasses from the values that are its own."""
+    names = [name for name, spec in kind.__dataclass_fields__.items() if spec.init]
+    values = values | changes
+    return kind(**{name: values[name] for name in names if name in values})
 
 
-def only_for_rewards(values: argparse.Namespace) -> list[str]:
-    """Fields that say how to draw or to reward replies and do not stand at their default; the longest reply is what chat and comparison draw."""
-    theirs, defaults = SFTConfig.__dataclass_fields__, RecipeParser().read([], adapt=False)[0]
-    names = [name for name in GRPOConfig.__dataclass_fields__ if name not in theirs and name not in ("max_completion_length", "use_vllm")]
-    return [name for name in [*names, "tools", "environment_factory"] if getattr(values, name) != getattr(defaults, name)]
+def build_dataclasses(values: dict) -> tuple[Recipe, GRPOConfig | SupervisedConfig, ModelConfig]:
+    """Build recipe, training arguments and model arguments. It runs in a rank: GRPOConfig reads the number of ranks."""
+    recipe, args, model_args = (
+        build(kind, values) for kind in (Recipe, arguments_class(values["method"]), ModelConfig)
+    )
+    return recipe, args, model_args
 
 
-def _supervised_defaults() -> dict:
-    """TRL's own for the fields that both kinds of arguments have: another learning rate and loss, mainly."""
-    theirs = SFTConfig.__dataclass_fields__
-    shared = [one for one in dataclasses.fields(GRPOConfig) if one.name in theirs and one.default is not dataclasses.MISSING]
-    return {one.name: theirs[one.name].default for one in shared if theirs[one.name].default != one.default}
+def grpo_only_fields(values: dict) -> list[str]:
+    """Return the fields that a supervised run has no use for and that do not stand at their default."""
+    sft_fields = set(SFTConfig.__dataclass_fields__)
+    shared = {"max_completion_length", "use_vllm", "num_completions_to_print"}  # chat and comparison use the first
+    names = [name for name in GRPOConfig.__dataclass_fields__ if name not in sft_fields and name not in shared]
+    defaults = {name: plain(value) for name, value in vars(_Parser().parse_args([])).items()} | DEFAULTS
+    return [name for name in [*names, "tools", "environment_factory"] if values[name] != defaults[name]]
+
+
+def _sft_defaults() -> dict:
+    """Return TRL's SFT defaults of the fields that both kinds of arguments have."""
+    sft_fields = SFTConfig.__dataclass_fields__
+    shared = [spec for spec in dataclasses.fields(GRPOConfig) if spec.name in sft_fields]
+    shared = [spec for spec in shared if spec.default is not dataclasses.MISSING]
+    return {
+        spec.name: sft_fields[spec.name].default for spec in shared if sft_fields[spec.name].default != spec.default
+    }
 
 
 def plain(value):
-    """A value as YAML and JSON can hold it."""
+    """Return a value as YAML and JSON can hold it."""
     return value.value if isinstance(value, enum.Enum) else value
 
 
 def show(argv: list[str]) -> None:
-    """Print a recipe as resolved: first what YAML and flags gave, then what stands by default."""
-    values, given = RecipeParser().read(["--config", *argv])
-    values = {name: plain(value) for name, value in vars(values).items()}
-    print(yaml.safe_dump({name: values[name] for name in given}, sort_keys=False, allow_unicode=True))
-    print("# by default\n" + yaml.safe_dump({k: v for k, v in values.items() if k not in given and v is not None}))
+    """Print a recipe as resolved: first what YAML and flags gave, then the defaults."""
+    config = load_config(["--config", *argv])
+    print(yaml.safe_dump({name: config.values[name] for name in config.given}, sort_keys=False, allow_unicode=True))
+    defaults = {name: value for name, value in config.values.items() if name not in config.given and value is not None}
+    print("# by default\n" + yaml.safe_dump(defaults))
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] != "show":
-        sys.exit("usage: python -m grpo_launcher.config show configs/NAME.yaml [--key value …]")
+        sys.exit("usage: python -m grpo_launcher.config show configs/NAME.yaml [--key value ...]")
     try:
         show(sys.argv[2:])
-    except RecipeError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

