@@ -19,7 +19,7 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from grpo_launcher.errors import UserError, did_you_mean
 
-# Fields that TRL keeps as free text and reads only after the model is loaded. A test holds them against TRL's documentation.
+# Fields that TRL keeps as free text and reads only after the model is loaded.
 CHOICES = {
     "loss_type": ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"],
     "scale_rewards": ["group", "batch", "none", True, False, "True", "False"],
@@ -303,7 +303,7 @@ def build(kind: type, values: dict, **changes):
 
 
 def build_dataclasses(values: dict) -> tuple[Recipe, GRPOConfig | SupervisedConfig, ModelConfig]:
-    """Build recipe, training arguments and model arguments. It runs in a rank: GRPOConfig reads the number of ranks."""
+    """Build recipe, training arguments and model arguments. It runs in a rank, as GRPOConfig reads their number."""
     recipe, args, model_args = (
         build(kind, values) for kind in (Recipe, arguments_class(values["method"]), ModelConfig)
     )

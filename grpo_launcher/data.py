@@ -1,4 +1,4 @@
-"""Rows for the trainer: loading them, and counting the tokens of their prompts."""
+"""Datasets: load the splits, count the tokens of prompts, leave long prompts of a stream out."""
 
 import hashlib
 import os
@@ -11,63 +11,79 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
-    """A dataset by Hub id, prepared folder, or one jsonl, json, csv or parquet file (which becomes the split train)."""
-    if Path(name).is_file() and Path(name).suffix in FILE_TYPES:
-        return load_dataset(FILE_TYPES[Path(name).suffix], data_files={"train": name}, streaming=streaming)
-    return load_dataset(name, name=config, streaming=streaming)
+def load_splits(dataset_name: str, dataset_config: str | None = None, streaming: bool = False) -> DatasetDict:
+    """Load a dataset by Hub id, prepared folder, or one file of rows, which becomes the split train."""
+    file_type = FILE_TYPES.get(Path(dataset_name).suffix)
+    if file_type and Path(dataset_name).is_file():
+        return load_dataset(file_type, data_files={"train": dataset_name}, streaming=streaming)
+    return load_dataset(dataset_name, name=dataset_config, streaming=streaming)
 
 
-def column_names(rows: Dataset | IterableDataset) -> list[str]:
-    """The columns; of a stream, which need not know them, those of its first row."""
-    return rows.column_names or list(next(iter(rows), {}))
+def column_names(split: Dataset | IterableDataset) -> list[str]:
+    """Return the columns of a split. A stream may not know them: then those of its first row."""
+    return split.column_names or list(next(iter(split), {}))
 
 
-def short_prompts(rows: IterableDataset, model: str, limit: int, **template_options) -> IterableDataset:
-    """A stream without the prompts over `limit` tokens, each of which would end the run; the first that is left out is told, and every hundredth.
-
-    Other datasets need none: what does not fit is refused before the run, with `process_dataset.py … --max_prompt_length`.
-    """
-    tokenizer, left_out = AutoTokenizer.from_pretrained(model), 0
-
-    def fits(row: dict) -> bool:
-        nonlocal left_out
-        tokens = count_tokens([row["prompt"]], tokenizer, **template_options)[0]
-        if tokens > limit:
-            if left_out % 100 == 0 and os.environ.get("RANK", "0") == "0":  # every rank reads the whole stream
-                print(f"Left out of the stream: a prompt of {tokens} tokens, where {limit} fit ({left_out + 1} so far).", flush=True)
-            left_out += 1
-        return tokens <= limit
-
-    return rows.filter(fits)
+def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_options) -> list[int]:
+    """Count the tokens of each prompt as the trainer sees it: text, or chat messages in the tokenizer's template."""
+    counts = []
+    batches = range(0, len(prompts), 1000)
+    for start in tqdm(batches, desc="counting tokens", unit="k rows", disable=len(prompts) < 20_000):
+        batch = prompts[start : start + 1000]
+        if isinstance(batch[0], str):
+            ids = tokenizer(batch)["input_ids"]
+        else:
+            options = {"add_generation_prompt": True, "return_dict": True} | template_options
+            ids = tokenizer.apply_chat_template(batch, **options)["input_ids"]
+        counts += [len(row) for row in ids]
+    return counts
 
 
 def tokenizer_mark(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A tokenizer's name and twelve hex digits that change with its vocabulary or chat template.
+    """Return the tokenizer's name and twelve hex digits that change with its vocabulary or chat template.
 
-    Two models of one family share the digits, so a count made for one holds for the other.
+    Models of one family share the digits, so that a count made for one holds for the other.
     """
     content = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)
     return f"{name} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_options) -> list[int]:
-    """The number of tokens of each prompt (text, or chat messages in the tokenizer's template), as the trainer will see it."""
-    counts = []
-    for start in tqdm(range(0, len(prompts), 1000), desc="counting tokens", unit="k rows", disable=len(prompts) < 20_000):
-        batch = prompts[start : start + 1000]
-        if isinstance(batch[0], str):
-            ids = tokenizer(batch)["input_ids"]
-        else:
-            ids = tokenizer.apply_chat_template(batch, add_generation_prompt=True, return_dict=True, **template_options)["input_ids"]
-        counts += [len(row) for row in ids]
-    return counts
+def longest_prompt(split: Dataset, tokenizer: PreTrainedTokenizerBase, **template_options) -> int:
+    """Return the tokens of the longest prompt.
+
+    They come from the column that process_dataset.py wrote, where it used this tokenizer and no further template options.
+    """
+    if "prompt_tokens" in split.column_names and not template_options:
+        digits = tokenizer_mark("", tokenizer).split()[-1]
+        if {mark.split()[-1] for mark in split.unique("prompt_tokenizer")} == {digits}:
+            return max(split["prompt_tokens"])
+    return max(count_tokens(list(split["prompt"]), tokenizer, **template_options))
 
 
-def longest_prompt(rows: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, **template_options) -> int:
-    """Tokens of the longest prompt: from the column that process_dataset.py wrote where it used this tokenizer, else counted."""
-    if "prompt_tokens" in rows.column_names and not template_options:
-        digits = tokenizer_mark(name, tokenizer).split()[-1]
-        if {mark.split()[-1] for mark in rows.unique("prompt_tokenizer")} == {digits}:
-            return max(rows["prompt_tokens"])
-    return max(count_tokens(list(rows["prompt"]), tokenizer, **template_options))
+def drop_long_prompts(
+    stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, **template_options
+) -> IterableDataset:
+    """Leave the prompts of a stream out that have more than `max_tokens` tokens: one of them would end the run.
+
+    The main rank prints the first that is left out, and every hundredth.
+    """
+    dropped = 0
+
+    def fits(row: dict) -> bool:
+        nonlocal dropped
+        tokens = count_tokens([row["prompt"]], tokenizer, **template_options)[0]
+        if tokens <= max_tokens:
+            return True
+        if dropped % 100 == 0 and os.environ.get("RANK", "0") == "0":
+            print(f"Left out a prompt of {tokens} tokens; {max_tokens} fit ({dropped + 1} so far).", flush=True)
+        dropped += 1
+        return False
+
+    return stream.filter(fits)
+
+
+def load_tokenizer(values: dict) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a recipe's model."""
+    return AutoTokenizer.from_pretrained(
+        values["model_name_or_path"], revision=values["model_revision"], trust_remote_code=values["trust_remote_code"]
+    )

@@ -1,137 +1,332 @@
-"""From a recipe's dotted names to reward functions, with their options bound and their contract checked."""
+"""Rewards, tools and environments: from the names in a recipe to functions with their options bound.
 
-import difflib
+A name is `file.py:function` for a user's own code, or `package.module.function` for an installed package. A file is
+loaded under a private module name, so that it neither hides an installed module of its name nor is hidden by one.
+"""
+
+import copy
 import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
-from grpo_launcher.config import Recipe, RecipeError
+from grpo_launcher.errors import UserError, did_you_mean, first_line
 
-DROPPED = {"prompt", "completion", "completion_ids"}  # columns of a row that TRL keeps from every reward
-# What it hands to every reward beside the others.
-FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+OWN_CODE = "write file.py:function for a file of your own, or package.module.function for an installed package"
+# Columns of a row that TRL keeps from every reward.
+DROPPED_COLUMNS = {"prompt", "completion", "completion_ids"}
+# Keywords that TRL passes to every reward beside the columns.
+TRL_KEYWORDS = {
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+}
 
 
-def load_rewards(recipe: Recipe, columns: list[str] | None = None, weights: list[float] | None = None) -> list[Callable | str]:
-    """The recipe's rewards, options bound: functions, or the id of a reward model as it stands (TRL loads that one).
+def load_object(name: str, field: str):
+    """Load what a name of the recipe's `field` names.
 
-    columns: the dataset's, so that a reward that needs one that is missing is refused here; None leaves that unchecked.
-    Raises RecipeError naming the reward: unknown name, unknown option, two of one name, no **kwargs, a column missing.
+    Raises:
+        UserError: there is no such file, module or object. An error inside the user's file passes through.
     """
-    if not recipe.reward_funcs and not recipe.environment_factory:
-        raise RecipeError("reward_funcs: give at least one, for example rewards.length.length_reward.")
-    options = dict(recipe.reward_kwargs or {})
-    rewards = [_bind(name, options, columns) for name in recipe.reward_funcs]
+    file, colon, attribute = name.rpartition(":")
+    if colon:
+        module = _load_file(file, field)
+    else:
+        module_name, _, attribute = name.rpartition(".")
+        module = _import_module(module_name, name, field)
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        known = [known for known in vars(module) if not known.startswith("_")]
+        raise UserError(field, f"{module.__file__} has no function {attribute}", did_you_mean(attribute, known))
+    return found
+
+
+def _load_file(file: str, field: str) -> ModuleType:
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(field, f"there is no file {file}")
+    name = f"grpo_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # for the file's own imports; last, so that nothing installed is hidden
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _import_module(module_name: str, name: str, field: str) -> ModuleType:
+    if not module_name:
+        raise UserError(
+            field, f"{name} is no function of a module", "write package.module.function, or file.py:function"
+        )
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not module_name.startswith(error.name or ""):
+            raise  # the module is there, and something that it imports is not
+        raise UserError(field, f"{name}: no module {module_name} is installed", OWN_CODE) from None
+
+
+def load_rewards(
+    reward_funcs: list[str],
+    reward_kwargs: dict | None = None,
+    *,
+    columns: list[str] | None = None,
+    weights: list[float] | None = None,
+) -> list[Callable | str]:
+    """Load rewards and bind their options.
+
+    Args:
+        reward_funcs: names, as in a recipe. The id of a reward model stays as it is: TRL loads it.
+        reward_kwargs: options by function name.
+        columns: of the dataset. A reward that needs a column that is not there is refused. None: not checked.
+        weights: reward_weights of the recipe.
+
+    Raises:
+        UserError: unknown name or option, two rewards of one name, no **kwargs, a missing column.
+    """
+    options = dict(reward_kwargs or {})
+    rewards = [_bind_reward(name, options, columns) for name in reward_funcs]
     names = [metric_name(reward) for reward in rewards]
     for name in names:
         if names.count(name) > 1:
-            raise RecipeError(f"reward_funcs: two rewards are called {name}; they would share one metric. Rename one of them.")
+            raise UserError(
+                "reward_funcs", f"two rewards are called {name} and would share one metric", "rename one of them"
+            )
     for name in options:
-        raise RecipeError(f"reward_kwargs: {name} is none of the rewards in reward_funcs ({', '.join(names)}).")
+        raise UserError("reward_kwargs", f"{name} is none of the rewards in reward_funcs", did_you_mean(name, names))
     if weights is not None and len(weights) != len(rewards):
-        raise RecipeError(f"reward_weights: {len(weights)} weights for {len(rewards)} rewards ({', '.join(names)}).")
+        raise UserError(
+            "reward_weights",
+            f"{len(weights)} weights for {len(rewards)} rewards",
+            f"give one each: {', '.join(names)}",
+        )
     return rewards
 
 
 def metric_name(reward: Callable | str) -> str:
-    """What TRL calls a reward in its metrics: a function's name, or the last part of a reward model's id."""
+    """Return TRL's name of a reward in metrics: a function's name, or the last part of a reward model's id."""
     return reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else reward.__name__
 
 
-def _bind(name: str, options: dict, columns: list[str] | None) -> Callable | str:
-    """One reward; takes its entry out of `options`."""
-    if "/" in name or os.path.isdir(name):
+def required_columns(reward: Callable) -> list[str]:
+    """Return the columns that a row must have for this reward, as far as its parameters tell."""
+    parameters = inspect.signature(reward).parameters.values()
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    return [name for name in required if name not in TRL_KEYWORDS]
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a name in reward_funcs is the Hub id or folder of a reward model."""
+    return ":" not in name and ("/" in name or os.path.isdir(name))
+
+
+def _bind_reward(name: str, options: dict, columns: list[str] | None) -> Callable | str:
+    """Load one reward and take its options out of `options`."""
+    if is_reward_model(name):
         return name
-    function = find(name)
+    function = load_object(name, "reward_funcs")
+    if not hasattr(function, "__name__"):
+        raise UserError("reward_funcs", f"{name} is no function", "write `def name(completions, **kwargs)`")
     parameters = inspect.signature(function).parameters.values()
-    settable = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    settable = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
     given = options.pop(function.__name__, {})
     for option in given:
         if option not in settable:
-            near = difflib.get_close_matches(option, settable, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f". It has: {', '.join(settable) or 'none'}."
-            raise RecipeError(f"reward_kwargs: {name} has no option `{option}`{hint}")
+            raise UserError("reward_kwargs", f"{name} has no option {option}", did_you_mean(option, settable))
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise RecipeError(f"reward_funcs: {name} must end in **columns: TRL passes every column and more as keywords.")
-    if columns is not None:
-        missing = set(needs(function)) - (set(columns) - DROPPED)
-        if missing:
-            raise RecipeError(
-                f"reward_funcs: {name} needs {', '.join(sorted(missing))}, and the dataset has only {', '.join(columns)} "
-                "(TRL drops columns called completion or completion_ids: rename those)."
-            )
-    return _checked(function, given)
+        fix = "let its parameters end in **kwargs: TRL passes every column and more as keywords"
+        raise UserError("reward_funcs", f"{name} takes no further keywords", fix)
+    missing = set(required_columns(function)) - (set(columns or []) - DROPPED_COLUMNS)
+    if columns is not None and missing:
+        problem = f"{name} needs the column {', '.join(sorted(missing))}, and the dataset has {', '.join(columns)}"
+        fix = "rename a column. TRL drops columns called completion or completion_ids, so call a gold text reference"
+        raise UserError("reward_funcs", problem, fix)
+    return _with_checked_scores(function, given)
 
 
-def needs(reward: Callable) -> list[str]:
-    """The columns that a row must have for this reward, as far as its parameters say."""
-    parameters = inspect.signature(reward).parameters.values()
-    wanted = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return [name for name in wanted if name not in FROM_TRL]
+def _with_checked_scores(function: Callable, options: dict) -> Callable:
+    """Bind options, and check every result: one finite number or None a completion.
 
-
-def find(name: str, field: str = "reward_funcs") -> Callable:
-    """The function that a dotted name names. Raises RecipeError, naming the recipe's field."""
-    of_hub = " A reward model of the Hub is written owner/name." if field == "reward_funcs" else ""
-    module_name, _, function_name = name.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
-            raise  # the module is there; something that it imports is not
-        raise RecipeError(
-            f"{field}: {name}: there is no module `{module_name or name}`. Write module.function; modules are looked for in this "
-            f"project, beside the recipe and in the folder you stand in.{of_hub}"
-        ) from None
-    except ValueError:
-        raise RecipeError(f"{field}: {name}: write module.function.{of_hub}") from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        near = difflib.get_close_matches(function_name, [n for n in vars(module) if not n.startswith("_")], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise RecipeError(f"{field}: {name}: {module.__file__} has no function `{function_name}`{hint}")
-    return function
-
-
-def _checked(function: Callable, options: dict) -> Callable:
-    """The reward with its options, whose result is held against the contract: one finite number or None a completion.
-
-    A reward that depends on a service or a model has an attribute `ready`, a function of the same options that raises ValueError
-    where it cannot be had; it is called once before a run starts.
-
-    TRL does not look for inf or nan: under group scaling one of them silently turns the advantages of its whole group to 0.
+    TRL does not look for inf and nan. Under group scaling one of them sets the advantages of its group to 0 in silence.
+    A reward that needs a service has an attribute `ready`: a function of the same options that raises ValueError where
+    the service cannot be had. It is called once before a run.
     """
 
-    def check(scores, completions):
-        scores = list(scores)
-        if len(scores) != len(completions):
-            raise ValueError(f"reward {function.__name__}: {len(scores)} scores for {len(completions)} completions; return one each.")
-        for index, score in enumerate(scores):
-            if score is None:
-                continue
-            if not hasattr(score, "__float__"):
-                raise TypeError(f"reward {function.__name__}: {score!r} for completion {index} is no number.")
-            if not math.isfinite(score):
-                raise ValueError(
-                    f"reward {function.__name__}: {score} for completion {index}: {completions[index]!r:.200}. "
-                    "Return a finite number, or None for what cannot be judged."
-                )
-        return scores
+    @functools.wraps(function)
+    def reward(completions, **columns):
+        return check_scores(function(completions=completions, **options, **columns), completions, function.__name__)
 
-    if inspect.iscoroutinefunction(function):
+    @functools.wraps(function)
+    async def async_reward(completions, **columns):
+        scores = await function(completions=completions, **options, **columns)
+        return check_scores(scores, completions, function.__name__)
 
-        @functools.wraps(function)
-        async def reward(completions, **columns):
-            return check(await function(completions=completions, **options, **columns), completions)
-    else:
-
-        @functools.wraps(function)
-        def reward(completions, **columns):
-            return check(function(completions=completions, **options, **columns), completions)
-
+    bound = async_reward if inspect.iscoroutinefunction(function) else reward
     if hasattr(function, "ready"):
-        reward.ready = functools.partial(function.ready, **options)
-    return reward
+        bound.ready = functools.partial(function.ready, **options)
+    return bound
+
+
+def check_scores(scores, completions: list, name: str) -> list[float | None]:
+    """Return the scores as a list, or raise ValueError naming the reward, the completion and the score."""
+    scores = list(scores)
+    if len(scores) != len(completions):
+        raise ValueError(f"reward {name}: {len(scores)} scores for {len(completions)} completions; return one each.")
+    for index, score in enumerate(scores):
+        if score is None:
+            continue
+        if not hasattr(score, "__float__") or not math.isfinite(score):
+            raise ValueError(
+                f"reward {name}: {score!r} for completion {index}: {completions[index]!r:.200}. "
+                "Return a finite number, or None for what cannot be judged."
+            )
+    return scores
+
+
+def load_tools(tools: list[str] | None, tool_kwargs: dict | None, tokenizer) -> list[Callable]:
+    """Load tools and bind their settings: functions of which the model fills in every parameter.
+
+    A tool with settings is a function of keyword-only settings that returns the tool, so that the model sees none of them.
+    A setting called `tokenizer` gets the model's tokenizer.
+
+    Raises:
+        UserError: unknown name or setting, two tools of one name, a tool without type hints or docstring.
+    """
+    settings = dict(tool_kwargs or {})
+    loaded = [_bind_tool(name, settings, tokenizer) for name in tools or []]
+    names = [tool.__name__ for tool in loaded]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError("tools", f"two tools are called {name}", "rename one of them")
+    for name in settings:
+        raise UserError("tool_kwargs", f"{name} is none of the tools", did_you_mean(name, names))
+    return loaded
+
+
+def _bind_tool(name: str, settings: dict, tokenizer) -> Callable:
+    """Load one tool and take its settings out of `settings`."""
+    tool = load_object(name, "tools")
+    parameters = inspect.signature(tool).parameters.values()
+    if parameters and all(p.kind is p.KEYWORD_ONLY for p in parameters):
+        defaults = {p.name: p.default for p in parameters}
+        tool = _make_tool(name, tool, defaults, settings.pop(tool.__name__, {}), tokenizer)
+    elif tool.__name__ in settings:
+        raise UserError("tool_kwargs", f"{name} has no settings", "leave it out: the model fills in all parameters")
+    _check_schema("tools", name, tool)
+    return tool
+
+
+def _make_tool(name: str, factory: Callable, defaults: dict, given: dict, tokenizer) -> Callable:
+    settable = [setting for setting in defaults if setting != "tokenizer"]
+    for setting in given:
+        if setting not in settable:
+            raise UserError("tool_kwargs", f"{name} has no setting {setting}", did_you_mean(setting, settable))
+    if "tokenizer" in defaults:
+        given = given | {"tokenizer": tokenizer}
+    for setting, default in defaults.items():
+        if default is inspect.Parameter.empty and setting not in given:
+            raise UserError(
+                "tool_kwargs", f"{name} needs {setting}", f"tool_kwargs: {{{factory.__name__}: {{{setting}: ...}}}}"
+            )
+    try:
+        return factory(**given)
+    except ValueError as error:
+        raise UserError("tool_kwargs", f"{name}: {error}") from error
+
+
+def _check_schema(field: str, name: str, tool: Callable) -> None:
+    from transformers.utils import DocstringParsingException, TypeHintParsingException, get_json_schema
+
+    try:
+        get_json_schema(tool)
+    except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
+        raise UserError(
+            field, f"{name}: {first_line(error)}", "give it type hints and a Google-style docstring"
+        ) from error
+
+
+def load_environment(
+    environment_factory: str | None, tools: list[Callable], has_rewards: bool = True
+) -> tuple[Callable | None, list[Callable]]:
+    """Load an environment class.
+
+    Args:
+        environment_factory: its name, as in a recipe, or None.
+        tools: those of the recipe.
+        has_rewards: whether the recipe has reward_funcs. Else the environment must rate its rollouts itself.
+
+    Returns:
+        The class or None, and all tools: the recipe's and the environment's public methods.
+
+    Raises:
+        UserError: no `reset`, no tool, no reward, or a tool that has no schema or the name of another.
+    """
+    name, field = environment_factory, "environment_factory"
+    if not name:
+        return None, tools
+    factory = load_object(name, field)
+    environment = factory()
+    methods = dict(inspect.getmembers(type(environment), inspect.isfunction))
+    if not has_rewards and "get_reward" not in methods:
+        raise UserError("reward_funcs", "empty", f"give at least one, or give {name} a method get_reward()")
+    if "reset" not in methods:
+        raise UserError(
+            field, f"{name} has no method reset(**row)", "add it: it begins a rollout with the columns of its row"
+        )
+    public = [method for method in methods if not method.startswith("_") and method not in ("reset", "get_reward")]
+    if not public:
+        raise UserError(
+            field, f"{name} has no public method beside reset and get_reward", "add one: the model calls it as a tool"
+        )
+    shared = {tool.__name__ for tool in tools} & set(public)
+    if shared:
+        raise UserError(field, f"{name} and tools both have {', '.join(shared)}", "rename one of them")
+    for method in public:
+        _check_schema(field, f"{name}.{method}", getattr(environment, method))
+    return factory, [*tools, *(getattr(environment, method) for method in public)]
+
+
+def chat_template_options(tools: list[Callable], tokenizer) -> dict:
+    """Return the arguments of `apply_chat_template` beside the messages, as the trainer passes them.
+
+    Raises:
+        UserError: TRL cannot write tools in the tokenizer's chat template, or cannot read the calls of its model.
+    """
+    from trl import chat_template_utils as templates
+
+    if not tools:
+        return {}
+    try:
+        if not templates.supports_tool_calling(tokenizer):
+            raise ValueError("it leaves tool calls or their results out")
+        if getattr(tokenizer, "response_template", None) is None:
+            templates.add_response_schema(copy.copy(tokenizer))
+        if templates.is_chat_template_prefix_preserving(tokenizer):
+            return {"tools": tools}
+        return {"tools": tools, "chat_template": templates.get_training_chat_template(tokenizer)}
+    except ValueError as error:
+        reason = first_line(error).partition(". ")[0]
+        problem = f"TRL cannot use them with the chat template of {tokenizer.name_or_path}: {reason}"
+        models = "Qwen2.5, Qwen3, Llama 3.1 or 3.2, Gemma 4, GLM-4-MoE, gpt-oss, LFM2"
+        raise UserError("tools", problem, f"use an instruct model whose template TRL knows: {models}") from error
