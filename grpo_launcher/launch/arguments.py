@@ -1,4 +1,4 @@
-"""The launcher's command line. Standard library only: it answers --help and a mistyped recipe before anything is installed."""
+"""The launcher's command line. Standard library only, so that it answers before anything is installed."""
 
 from __future__ import annotations  # any python3 may answer --help
 
@@ -25,23 +25,39 @@ checkpoints, final-checkpoint, metrics.jsonl, curves.png, logs, and the recipe a
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's own options, and the recipe's fields given as flags (checked later, by the recipe's parser)."""
+    """Return the launcher's options, and the flags that are fields of the recipe, which are checked later."""
     parser = argparse.ArgumentParser(
         prog="launch_train.sh",
         usage="bash launch_train.sh [CONFIG] [option …] [--key value …]",
         description=HELP,
-        epilog="--key value: any field of the recipe, which wins over the YAML: `.venv/bin/python train.py --help` lists them.",
+        epilog="--key value: any field of the recipe. It wins over the YAML. `.venv/bin/python train.py --help` lists them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
-    parser.add_argument("--assume-gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs that need not be there")
-    parser.add_argument("--assume-memory", type=float, metavar="GIB", help="with --assume-gpus: memory of each (default: 24)")
-    parser.add_argument("--colocate", action="store_true", help="train and generate on every GPU, without a dedicated server")
-    parser.add_argument("--vllm_gpus", type=int, default=1, metavar="N", help="GPUs of the server, tensor parallel (default: 1)")
-    parser.add_argument("--sync", choices=["nccl", "disk"], help="how the server gets new weights (default: nccl; without a GPU: disk)")
-    parser.add_argument("--resume", action="store_true", help="go on with the recipe's newest run (or --output_dir) from its last checkpoint")
-    parser.add_argument("--no-install", action="store_true", help="use the active Python environment as it is (conda, container, cluster)")
+    parser.add_argument(
+        "--assume-gpus", type=int, metavar="N", help="with --dry-run: plan for N GPUs that need not be there"
+    )
+    parser.add_argument(
+        "--assume-memory", type=float, metavar="GIB", help="with --assume-gpus: memory of each (default: 24)"
+    )
+    parser.add_argument(
+        "--colocate", action="store_true", help="train and generate on every GPU, without a dedicated server"
+    )
+    parser.add_argument("--vllm_gpus", type=int, metavar="N", help="GPUs of the server, tensor parallel (default: 1)")
+    parser.add_argument(
+        "--sync", choices=["nccl", "disk"], help="how the server gets new weights (default: nccl; without a GPU: disk)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the recipe's newest run (or --output_dir) from its last checkpoint",
+    )
+    parser.add_argument(
+        "--no-install",
+        action="store_true",
+        help="use the active Python environment as it is (conda, container, cluster)",
+    )
     config = argv[0] if argv and not argv[0].startswith("-") else None
     options, flags = parser.parse_known_args(argv[1:] if config else argv)
     if config and not Path(config).is_file():
@@ -53,7 +69,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--assume-gpus plans for hardware that is not there: it needs --dry-run")
     if options.assume_memory is not None and options.assume_gpus is None:
         parser.error("--assume-memory needs --assume-gpus")
-    if options.vllm_gpus < 1 or (options.assume_gpus or 0) < 0:
+    if (options.vllm_gpus is not None and options.vllm_gpus < 1) or (options.assume_gpus or 0) < 0:
         parser.error("--vllm_gpus must be at least 1, --assume-gpus at least 0")
     if flags and not flags[0].startswith("--"):
         parser.error(f"unexpected {flags[0]!r}: the recipe comes first, then options, then --key value")
@@ -61,8 +77,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, flags
 
 
-def named(flags: list[str]) -> dict[str, str]:
-    """The recipe's fields among the flags, by their names in YAML, with the word that follows each."""
+def named_fields(flags: list[str]) -> dict[str, str]:
+    """Return the recipe's fields among the flags, by their names in YAML, with the word that follows each."""
     words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
     pairs = itertools.pairwise([*words, ""])
     return {word[2:].replace("-", "_"): following for word, following in pairs if word.startswith("--")}

@@ -5,45 +5,53 @@ import shutil
 import socket
 import subprocess
 
+from grpo_launcher.errors import UserError
+from grpo_launcher.layout import Gpu, Hardware
 
-def find_gpus() -> list[dict]:
-    """The NVIDIA GPUs that this process may use, as {"id", "memory" in GiB}: all, or those of CUDA_VISIBLE_DEVICES, in its order.
+GIB = 2**30
 
-    The id is what CUDA_VISIBLE_DEVICES takes. Raises ValueError where that variable names a GPU that is not there.
+
+def find_hardware(assumed_gpus: int | None = None, assumed_memory: float = 24) -> Hardware:
+    """Return the GPUs, cores and memory of this machine, or assumed GPUs of `assumed_memory` GiB each."""
+    if assumed_gpus is None:
+        gpus = find_gpus()
+    else:
+        gpus = [Gpu(str(index), assumed_memory) for index in range(assumed_gpus)]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return Hardware(gpus, sorted(os.sched_getaffinity(0)), memory)
+
+
+def find_gpus() -> list[Gpu]:
+    """Return the NVIDIA GPUs that this process may use: all, or those of CUDA_VISIBLE_DEVICES, in its order.
+
+    Raises:
+        UserError: that variable names a GPU that is not there, or one twice.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    rows = [line.split(", ") for line in answer.stdout.splitlines() if line.count(", ") == 2]
-    present = [{"id": index, "uuid": uuid, "memory": float(mib) / 1024} for index, uuid, mib in rows]
+    output = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+    rows = [line.split(", ") for line in output.splitlines() if line.count(", ") == 2]
+    present = [(index, uuid, float(mib) / 1024) for index, uuid, mib in rows]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return present
-    chosen = []
-    names = [] if visible.strip() in ("-1", "NoDevFiles") else [part.strip() for part in visible.split(",") if part.strip()]
-    for name in names:
-        match = next((gpu for gpu in present if name == gpu["id"] or gpu["uuid"].startswith(name)), None)
+        return [Gpu(index, memory) for index, _, memory in present]
+    if visible.strip() in ("-1", "NoDevFiles"):
+        return []
+    chosen, uuids = [], []
+    for name in [part.strip() for part in visible.split(",") if part.strip()]:
+        match = next((gpu for gpu in present if name == gpu[0] or gpu[1].startswith(name)), None)
         if match is None:
-            raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: there is no GPU {name}; nvidia-smi lists {[g['id'] for g in present]}.")
-        if any(gpu["uuid"] == match["uuid"] for gpu in chosen):
-            raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: GPU {name} stands there twice; NCCL wants every rank on a GPU of its own.")
-        chosen.append({**match, "id": name})
+            indices = ", ".join(gpu[0] for gpu in present)
+            raise UserError("CUDA_VISIBLE_DEVICES", f"there is no GPU {name}", f"use some of {indices}")
+        if match[1] in uuids:
+            raise UserError("CUDA_VISIBLE_DEVICES", f"GPU {name} is named twice", "NCCL needs a GPU for each rank")
+        chosen.append(Gpu(name, match[2]))
+        uuids.append(match[1])
     return chosen
 
 
-def assumed_gpus(count: int, memory: float) -> list[dict]:
-    """`count` GPUs of `memory` GiB that need not be there."""
-    return [{"id": str(index), "memory": memory} for index in range(count)]
-
-
-def find_cpus() -> tuple[list[int], float]:
-    """The cores that this process may run on, and the machine's memory in GiB."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return sorted(os.sched_getaffinity(0)), memory
-
-
-def port_is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
     """Whether a server could listen on 127.0.0.1:port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -55,7 +63,7 @@ def port_is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different ports of 127.0.0.1 that are free now."""
+    """Return `count` different ports of 127.0.0.1 that are free now."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:

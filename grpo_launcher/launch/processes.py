@@ -22,8 +22,9 @@ class Stopped(Exception):
 def catching_signals() -> Iterator[None]:
     """Turn INT, TERM and HUP into Stopped, and leave no descendant when the block ends.
 
-    A signal that was ignored when the process began (HUP under nohup) stays ignored, except INT, which a shell ignores for
-    every background job. As a subreaper this process inherits orphans, so that a rank whose parent was killed is found too.
+    A signal that was ignored when the process began (HUP under nohup) stays ignored, except INT, which a shell ignores
+    for every background job. As a subreaper this process inherits orphans, so that a rank whose parent was killed is
+    found too.
     """
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
 
@@ -44,21 +45,27 @@ def catching_signals() -> Iterator[None]:
 
 
 def start(command: list[str], env: dict[str, str] | None = None, **streams) -> subprocess.Popen:
-    """Start a command in a session of its own (Ctrl-C reaches it through `stop` alone); it gets TERM if this process dies."""
+    """Start a command in a session of its own, so that Ctrl-C reaches it through `stop` alone.
+
+    It gets TERM when this process dies.
+    """
 
     def die_with_parent():
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    return subprocess.Popen(command, env=os.environ | (env or {}), start_new_session=True, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL, **streams)
+    streams = {"stdin": subprocess.DEVNULL} | streams
+    env = os.environ | (env or {})
+    return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent, **streams)
 
 
-def start_executioner(children: list[subprocess.Popen], folder: str) -> subprocess.Popen:
-    """A process that does what `stop` would, should this one be killed: their groups got TERM as it died, and get KILL after GRACE seconds.
+def start_undertaker(children: list[subprocess.Popen], folder: str) -> subprocess.Popen:
+    """Start a process that does what `stop` would do, in case this process is killed.
 
-    It removes their temporary `folder` too. A vLLM server that is told to end in the middle of a weight sync waits for it for ever.
-    End it with `kill` when they have ended.
+    The children get TERM as this process dies, and KILL from the new one after GRACE seconds: a vLLM server that is
+    told to end in the middle of a weight sync waits for ever. Their temporary `folder` is removed. End it with `kill`.
     """
-    script = f'read -r; sleep {GRACE:.0f}; kill -KILL -- "$@"; rm -rf -- "$0"'  # reads to the end of a pipe that closes with this process
+    # `read` ends when the pipe closes, which it does with this process.
+    script = f'read -r; sleep {GRACE:.0f}; kill -KILL -- "$@"; rm -rf -- "$0"'
     command = ["bash", "-c", script, folder, *(f"-{child.pid}" for child in children)]
     return subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -66,7 +73,7 @@ def start_executioner(children: list[subprocess.Popen], folder: str) -> subproce
 def stop(child: subprocess.Popen) -> None:
     """End a child and its process group: TERM, GRACE seconds, KILL.
 
-    The group is given its time even where the child is dead already: a vLLM server's other processes use it to free shared memory.
+    The group gets its time even where the child is dead already: a vLLM server's other processes free shared memory.
     """
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)

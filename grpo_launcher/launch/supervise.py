@@ -1,4 +1,4 @@
-"""Run a plan: server and trainer start together, are watched, and stop together."""
+"""Supervise a run: server and trainer start together, are watched, and stop together."""
 
 import os
 import re
@@ -12,50 +12,66 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from grpo_launcher.launch.processes import start, start_executioner, stop
-from grpo_launcher import runs as run_folder
+from grpo_launcher.launch.processes import start, start_undertaker, stop
+from grpo_launcher.runs import STOPPED, Run
 
-WEDGED = 180.0  # seconds without a healthy answer, once the server was up, after which it counts as lost
-GUARDED = 3  # the exit status of a run that a guard stopped
+UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
+EXIT_GUARD = 3
+EXIT_SERVER_LOST = 1
 
 
-def supervise(plan: dict, run: Path, trainer_flags: list[str]) -> int:
-    """Start what `plan` (plan.json) says, from the run's folder, and return the trainer's exit status, or GUARDED.
+def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
+    """Start the run's commands, watch them, and end both when one ends.
 
-    The trainer's output goes to the console and train.log, its errors and the server's output to train.log and server.log.
+    The trainer's output goes to the console and train.log, its errors to train.log, the server's output to server.log.
+
+    Args:
+        run: with commands["trainer"] and, where the launcher starts a server, commands["server"].
+        server_url: address of that server, or None.
+        server_timeout: seconds that it may take to come up.
+
+    Returns:
+        The trainer's exit status; EXIT_GUARD where a guard stopped it; EXIT_SERVER_LOST.
     """
-
-    def command_of(part: dict) -> list[str]:
-        return [f"{run}/{word.removeprefix('RUN/')}" if word.startswith("RUN/") else word for word in part["command"]]
-
-    children, executioner = [], None
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
-    with shared, open(run / "train.log", "ab") as train_log, open(run / "server.log", "ab") as server_log:
+    children, undertaker, server = [], None, None
+    with (
+        shared,
+        open(run.folder / "train.log", "ab") as train_log,
+        open(run.folder / "server.log", "ab") as server_log,
+    ):
         try:
-            server = None
-            if plan["server"]:
-                server = start(command_of(plan["server"]), plan["server"]["env"], stdout=server_log, stderr=subprocess.STDOUT)
+            if "server" in run.commands:
+                command = run.commands["server"]
+                server = start(command["argv"], command["env"], stdout=server_log, stderr=subprocess.STDOUT)
                 children.append(server)
-            env = plan["trainer"]["env"] | {"GRPO_SHARED_MEMORY": shared.name}
-            trainer = start(command_of(plan["trainer"]) + trainer_flags, env, stdout=subprocess.PIPE, stderr=train_log)
+            command = run.commands["trainer"]
+            env = command["env"] | {"GRPO_SHARED_MEMORY": shared.name}
+            trainer = start(command["argv"], env, stdout=subprocess.PIPE, stderr=train_log)
             children.insert(0, trainer)
-            executioner = start_executioner(children, shared.name)
+            undertaker = start_undertaker(children, shared.name)
             echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log), daemon=True)
             echo.start()
-            status = _watch(plan, run, trainer, server)
+            status = _watch(run.folder, trainer, server, server_url, server_timeout)
             if status is None:
-                return 1
+                return EXIT_SERVER_LOST
             echo.join(5)
+            if (run.folder / STOPPED).exists():
+                return EXIT_GUARD
             if status:
-                print(f"\nThe trainer failed (exit status {status}); {run}/train.log holds all of it:\n{_traceback(run / 'train.log')}", file=sys.stderr)
-            return GUARDED if status == 0 and (run / run_folder.STOPPED).exists() else status
+                log = run.folder / "train.log"
+                print(
+                    f"\nThe trainer failed (exit status {status}). All of it: {log}\n{first_traceback(log)}",
+                    file=sys.stderr,
+                )
+            return status
         finally:
             for child in children:
                 stop(child)
-            if executioner:
-                executioner.kill()
-                executioner.communicate()
+            if undertaker:
+                undertaker.kill()
+                undertaker.communicate()
 
 
 def _echo(pipe, log) -> None:
@@ -68,38 +84,41 @@ def _echo(pipe, log) -> None:
             sys.stdout.flush()
 
 
-def _watch(plan: dict, run: Path, trainer: subprocess.Popen, server: subprocess.Popen | None) -> int | None:
-    """Wait for the trainer's end: its exit status, or None where the server was lost first (then told on stderr)."""
-    began = last_good = told = time.monotonic()
-    up, asked = server is None, 0.0
+def _watch(
+    folder: Path, trainer: subprocess.Popen, server: subprocess.Popen | None, url: str | None, timeout: float
+) -> int | None:
+    """Wait for the trainer's end. Returns its exit status, or None where the server was lost first."""
+    if server is None:
+        return trainer.wait()
+    started = last_healthy = last_message = time.monotonic()
+    last_check, is_up = 0.0, False
     while (status := trainer.poll()) is None:
         time.sleep(0.2)
-        if server is None:
-            continue
         now = time.monotonic()
         if server.poll() is not None:
-            return _server_lost(run, f"ended with exit status {server.returncode}")
-        if now - asked > (10 if up else 1):
-            asked = now
-            if _healthy(plan["server"]["url"]):
-                last_good = time.monotonic()
-                if not up:
-                    up = True
-                    print(f"The vLLM server is up after {last_good - began:.0f} s.", flush=True)
-        if not up and now - told > 15:
-            told = now
-            print(f"Waiting for the vLLM server ({now - began:.0f} s): {_last_line(run / 'server.log')}", flush=True)
-        if now - last_good > (WEDGED if up else plan["server"]["timeout"]):
-            return _server_lost(run, f"gave no healthy answer for {now - last_good:.0f} s")
+            return _report_lost_server(folder, f"ended with exit status {server.returncode}")
+        if now - last_check > (10 if is_up else 1):
+            last_check = now
+            if _is_healthy(url):
+                last_healthy = time.monotonic()
+                if not is_up:
+                    is_up = True
+                    print(f"The vLLM server is up after {last_healthy - started:.0f} s.", flush=True)
+        if not is_up and now - last_message > 15:
+            last_message = now
+            last_line = _last_line(folder / "server.log")
+            print(f"Waiting for the vLLM server ({now - started:.0f} s): {last_line}", flush=True)
+        if now - last_healthy > (UNHEALTHY_LIMIT if is_up else timeout):
+            return _report_lost_server(folder, f"gave no healthy answer for {now - last_healthy:.0f} s")
     return status
 
 
-def _server_lost(run: Path, what: str) -> None:
-    tail = "\n".join((run / "server.log").read_text(errors="replace").splitlines()[-25:])
-    print(f"\nThe vLLM server {what}; the last lines of {run}/server.log:\n{tail}", file=sys.stderr)
+def _report_lost_server(folder: Path, what: str) -> None:
+    log = folder / "server.log"
+    print(f"\nThe vLLM server {what}. All of it: {log}\n{first_traceback(log)}", file=sys.stderr)
 
 
-def _healthy(url: str) -> bool:
+def _is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
@@ -111,13 +130,13 @@ def _last_line(log: Path) -> str:
     return " ".join(log.read_text(errors="replace").strip().rpartition("\n")[2].split())[:120] or "no output yet"
 
 
-def _traceback(log: Path) -> str:
-    """The first Python traceback of the log's end, or its last lines where there is none."""
+def first_traceback(log: Path) -> str:
+    """Return the first Python traceback near the log's end, or its last lines where there is none."""
     lines = log.read_text(errors="replace").splitlines()[-400:]
-    signs = ("Traceback (most recent call last)", "Fatal Python error")
-    first = next((i for i, line in enumerate(lines) if any(sign in line for sign in signs)), None)
+    starts = ("Traceback (most recent call last)", "Fatal Python error")
+    first = next((i for i, line in enumerate(lines) if any(start in line for start in starts)), None)
     if first is None:
         return "\n".join(lines[-25:])
-    said = (i for i in range(first + 1, len(lines)) if not re.match(r"\s|$", re.sub(r"^\[rank\d+\]: ", "", lines[i])))
-    end = next(said, len(lines))  # the line of the exception itself, which must not be cut off
+    rest = (i for i in range(first + 1, len(lines)) if not re.match(r"\s|$", re.sub(r"^\[rank\d+\]: ", "", lines[i])))
+    end = next(rest, len(lines))  # the line of the exception itself, which must not be cut off
     return "\n".join(lines[max(first, end - 40) : end + 5])

@@ -1,0 +1,134 @@
+"""The commands of a run: the vLLM server, the training ranks, and accelerate's file."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from grpo_launcher.errors import UserError
+from grpo_launcher.launch.hardware import free_ports, is_port_free
+from grpo_launcher.layout import Hardware, Layout
+from grpo_launcher.preflight import PROJECT, Report
+from grpo_launcher.runs import ACCELERATE_FILE
+
+HOST = "127.0.0.1"
+
+
+@dataclass
+class Command:
+    """A process to start: its arguments, and its environment beside the inherited one."""
+
+    argv: list[str]
+    env: dict[str, str]
+
+
+def choose_ports(report: Report, check: bool = True) -> int:
+    """Fill the server's address and ports into the report's values, and return a port for the ranks' rendezvous.
+
+    Raises:
+        UserError: a given port is taken (not looked at with check=False, for a plan).
+    """
+    ports = free_ports(3)
+    if report.layout.starts_server:
+        if "vllm_server_host" not in report.given:
+            report.values["vllm_server_host"] = HOST
+        for name, port in {"vllm_server_port": ports[0], "vllm_group_port": ports[1]}.items():
+            if name not in report.given:
+                report.values[name] = port
+            elif check and not is_port_free(report.values[name]):
+                raise UserError(name, f"port {report.values[name]} is taken", "leave it out: a free port is found")
+    return ports[2]
+
+
+def accelerate_config(values: dict, layout: Layout, port: int) -> dict:
+    """Return zero3.yaml or ddp.yaml with ranks, port and precision filled in."""
+    config = yaml.safe_load((PROJECT / f"{layout.parallel}.yaml").read_text(encoding="utf-8"))
+    precision = next((name for name in ("bf16", "fp16") if values[name]), "no")
+    config |= {"num_processes": layout.ranks, "main_process_port": port, "mixed_precision": precision}
+    return config | {"use_cpu": not layout.train_gpus}
+
+
+def trainer_command(layout: Layout, hardware: Hardware, folder: Path) -> Command:
+    """Return the command of the training ranks. They read everything from run.json in the run folder."""
+    if layout.train_gpus:
+        devices = _gpu_env(layout.train_gpus) | {"VLLM_HOST_IP": HOST}
+    else:
+        threads = max(1, len(hardware.cpus) // 2)
+        devices = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    argv = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", str(folder / ACCELERATE_FILE)]
+    return Command([*argv, str(PROJECT / "train.py"), "--run", str(folder)], _common_env() | devices)
+
+
+def server_command(values: dict, given: list[str], layout: Layout, hardware: Hardware) -> Command:
+    """Return the command of the vLLM server.
+
+    It always loads the base model: the trainer pushes its weights before the first generation. A given vllm_* field of
+    TRL becomes the server's flag, and vllm_server_args is passed through.
+    """
+    argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    argv += ["--model", values["model_name_or_path"], "--dtype", _server_dtype(values)]
+    argv += ["--host", values["vllm_server_host"], "--port", str(values["vllm_server_port"])]
+    argv += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    if values["vllm_max_model_length"]:
+        argv += ["--max-model-len", str(values["vllm_max_model_length"])]
+    for name, flag in {
+        "vllm_gpu_memory_utilization": "--gpu-memory-utilization",
+        "vllm_model_impl": "--model-impl",
+    }.items():
+        if name in given:
+            argv += [flag, str(values[name])]
+    if values["model_revision"] not in (None, "main"):
+        argv += ["--revision", values["model_revision"]]
+    if values["trust_remote_code"]:
+        argv += ["--trust-remote-code"]
+    env = _common_env() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if layout.server_gpus:
+        argv += ["--tensor-parallel-size", str(len(layout.server_gpus))]
+        env |= _gpu_env(layout.server_gpus)
+    else:
+        argv += ["--enforce-eager"]
+        cores = hardware.cpus[: max(1, len(hardware.cpus) // 2)]
+        env |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in cores),
+        }
+    if values["weight_sync"] == "disk":
+        argv += ["--worker-extension-cls", "grpo_launcher.weight_sync_worker.DiskSyncWorker"]
+    else:
+        argv += ["--weight-transfer-config", '{"backend": "nccl"}']
+    return Command([*argv, *(values["vllm_server_args"] or [])], env)
+
+
+def server_url(values: dict) -> str:
+    """Return the address at which the launcher's own server is asked for its health."""
+    host = values["vllm_server_host"]
+    if host == "0.0.0.0":  # noqa: S104  # the user's choice: it listens on all addresses, this one too
+        host = HOST
+    return f"http://{host}:{values['vllm_server_port']}"
+
+
+def _server_dtype(values: dict) -> str:
+    if values["bf16"]:
+        return "bfloat16"
+    if values["fp16"]:
+        return "float16"
+    return values["dtype"] if values["dtype"] in ("bfloat16", "float16") else "float32"
+
+
+def _gpu_env(gpus: list) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpu.id for gpu in gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def _common_env() -> dict[str, str]:
+    return {
+        "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),  # the trainer writes to a pipe and cannot ask
+        "PYTHONSAFEPATH": "1",  # files of the working directory are not modules of the server or the ranks
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,242 @@
+"""Which devices train, which generate, and what a recipe needs for that. Standard library only."""
+
+from dataclasses import dataclass, field
+
+from grpo_launcher.errors import UserError
+
+# Fields that become flags of the server that the launcher starts.
+SERVER_FIELDS = ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_model_impl", "vllm_server_args")
+SERVER_TIMEOUT = 900.0  # seconds to wait for the vLLM server, which loads and compiles; TRL's default is 240
+CPU_RANKS = 2
+
+
+@dataclass
+class Gpu:
+    """A GPU: its id, as CUDA_VISIBLE_DEVICES takes it, and its memory in GiB."""
+
+    id: str
+    memory: float
+
+
+@dataclass
+class Hardware:
+    """What this process may use: GPUs, CPU cores, and main memory in GiB."""
+
+    gpus: list[Gpu]
+    cpus: list[int]
+    memory: float
+
+
+@dataclass
+class Options:
+    """What the launcher's command line says about the layout.
+
+    ranks: number of ranks where something else has started them (accelerate launch); None for the launcher.
+    """
+
+    colocate: bool = False
+    vllm_gpus: int | None = None
+    sync: str | None = None
+    ranks: int | None = None
+
+
+@dataclass
+class Layout:
+    """Who trains and who generates."""
+
+    method: str
+    is_seq2seq: bool
+    parallel: str
+    ranks: int
+    train_gpus: list[Gpu] = field(default_factory=list)
+    server_gpus: list[Gpu] = field(default_factory=list)
+    use_vllm: bool = False
+    vllm_mode: str = "server"
+    starts_server: bool = False
+    server_url: str | None = None  # of a server that somebody else runs
+
+    def describe(self) -> str:
+        """Return the layout in one line."""
+        kind = {"zero3": "ZeRO-3 rank", "ddp": "DDP rank"}[self.parallel]
+        plural = "" if self.ranks == 1 else "s"
+        return f"{self.ranks} {kind}{plural} on {_names(self.train_gpus)}; {self._generation()}"
+
+    def _generation(self) -> str:
+        if self.method == "sft":
+            return "no generation (SFT)"
+        if self.is_seq2seq:
+            return "generation by transformers on every device (vLLM has no seq2seq models)"
+        if not self.use_vllm:
+            return "generation by transformers"
+        if self.vllm_mode == "colocate":
+            return "vLLM inside each rank (colocate)"
+        if self.starts_server:
+            return f"vLLM server on {_names(self.server_gpus)}"
+        return f"vLLM server at {self.server_url or 'the recipe’s host and port'}, which must be running"
+
+
+def _names(gpus: list[Gpu]) -> str:
+    return ", ".join(f"GPU {gpu.id}" for gpu in gpus) or "the CPU"
+
+
+class _Choice:
+    """Fields that the hardware decides. A given value that cannot be obeyed is a problem."""
+
+    def __init__(self, values: dict, given: list[str]):
+        self.values, self.given = values, given
+        self.filled: dict = {}
+        self.problems: list[UserError] = []
+
+    def refuse(self, field_name: str, problem: str, fix: str) -> None:
+        self.problems.append(UserError(field_name, problem, fix))
+
+    def need(self, name: str, value, reason: str) -> None:
+        """Set a field to the one value that works. Another given value is refused."""
+        if name in self.given and self.values[name] != value:
+            self.refuse(name, f"{self.values[name]} does not fit: {reason} needs {value}", "leave it out")
+        self.filled[name] = value
+
+    def default(self, name: str, value) -> None:
+        """Set a field where it was not given."""
+        if name not in self.given:
+            self.filled[name] = value
+
+
+def choose_layout(
+    values: dict, given: list[str], hardware: Hardware, options: Options, is_seq2seq: bool
+) -> tuple[Layout, dict, list[UserError]]:
+    """Choose who trains and who generates.
+
+    Args:
+        values: the recipe's fields.
+        given: names of those that YAML or flags gave. They are obeyed or refused.
+        hardware: what there is.
+        options: the launcher's command line.
+        is_seq2seq: whether the model has an encoder.
+
+    Returns:
+        The layout, the fields that it fills, and everything that is wrong.
+    """
+    choice = _Choice(values, given)
+    is_quantized = values["load_in_4bit"] or values["load_in_8bit"]
+    layout = Layout(
+        method=values["method"],
+        is_seq2seq=is_seq2seq,
+        parallel=values["parallel"] or ("ddp" if is_quantized else "zero3"),
+        ranks=options.ranks or len(hardware.gpus) or CPU_RANKS,
+        train_gpus=hardware.gpus,
+        server_url=values["vllm_server_base_url"],
+    )
+    choice.default("parallel", layout.parallel)
+    _choose_devices(choice, layout, hardware)
+    no_vllm = _why_no_vllm(values, is_seq2seq, is_quantized)
+    if no_vllm:
+        if (
+            values["use_vllm"] and not is_seq2seq
+        ):  # seq2seq.check_seq2seq tells it with the other limits of such a model
+            choice.refuse("use_vllm", f"true does not fit: {no_vllm}", "leave it out")
+        if options.colocate:
+            choice.refuse("--colocate", f"it does not fit: {no_vllm}", "leave it out: every device trains")
+        choice.filled["use_vllm"] = False
+    else:
+        layout.use_vllm = values["use_vllm"] if "use_vllm" in given or options.ranks else True
+        choice.filled["use_vllm"] = layout.use_vllm
+    if layout.use_vllm:
+        _choose_vllm(choice, layout, hardware, options)
+    elif (options.vllm_gpus or 1) > 1:
+        choice.refuse("--vllm_gpus", f"{options.vllm_gpus}: no vLLM server runs in this layout", "leave it out")
+    if not options.ranks:
+        layout.ranks = len(layout.train_gpus) or CPU_RANKS
+    return layout, choice.filled, choice.problems
+
+
+def _choose_devices(choice: _Choice, layout: Layout, hardware: Hardware) -> None:
+    has_gpu = bool(hardware.gpus)
+    if has_gpu and choice.values["use_cpu"] and "use_cpu" in choice.given:
+        choice.refuse("use_cpu", "true, and there are GPUs", "hide them: CUDA_VISIBLE_DEVICES= in the environment")
+    elif not has_gpu:
+        choice.need("use_cpu", True, "a machine without a GPU")
+    choice.default("bf16", has_gpu and not choice.values["fp16"])
+    if choice.values["fp16"] and not has_gpu:
+        choice.refuse("fp16", "true, and the CPU has no such mode", "leave it out, or use bf16")
+
+
+def _why_no_vllm(values: dict, is_seq2seq: bool, is_quantized: bool) -> str:
+    if values["method"] == "sft":
+        return "a supervised run (method: sft) generates nothing"
+    if is_seq2seq:
+        return "vLLM has no seq2seq models"
+    if is_quantized:
+        return "TRL cannot hand quantised weights to vLLM (trl#4973, trl#3466); configs/tldr_qlora.yaml works without"
+    return ""
+
+
+def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: Options) -> None:
+    values, given, count = choice.values, choice.given, len(hardware.gpus)
+    given_mode = values["vllm_mode"] if "vllm_mode" in given else None
+    wants_colocate = options.colocate or given_mode == "colocate"
+    if options.colocate and given_mode == "server":
+        choice.refuse("--colocate", "the recipe says vllm_mode: server", "leave one of them out")
+    if options.ranks:  # TRL connects to whatever server the recipe names
+        layout.vllm_mode = values["vllm_mode"]
+    elif layout.server_url:
+        layout.vllm_mode = "server"
+        choice.need("vllm_mode", "server", "vllm_server_base_url")
+    elif wants_colocate and not count:
+        choice.refuse(
+            "--colocate" if options.colocate else "vllm_mode",
+            "colocate shares a GPU, and there is no GPU",
+            "leave it out: the server runs beside the trainer on the CPU",
+        )
+    elif wants_colocate or (count == 1 and given_mode != "server"):
+        layout.vllm_mode = "colocate"
+    elif count == 1:
+        choice.refuse("vllm_mode", "server needs a GPU of its own, and there is one GPU", "leave it out: colocate")
+    else:
+        layout.starts_server = True
+        _choose_server_gpus(choice, layout, hardware, options)
+    choice.default("vllm_mode", layout.vllm_mode)
+    if not layout.starts_server:
+        without_server = SERVER_FIELDS if layout.vllm_mode == "server" else ("vllm_server_args",)
+        for name in set(without_server) & set(given):
+            choice.refuse(
+                name, "the launcher starts no server in this layout", "leave it out, or give it to your server"
+            )
+    elif values["vllm_enable_sleep_mode"]:
+        choice.refuse("vllm_enable_sleep_mode", "a server of its own never sleeps", "leave it out, or --colocate")
+    if layout.vllm_mode == "server":
+        _choose_weight_sync(choice, hardware, options)
+        choice.default("vllm_server_timeout", SERVER_TIMEOUT)
+    elif (options.vllm_gpus or 1) > 1:
+        choice.refuse("--vllm_gpus", f"{options.vllm_gpus}: no vLLM server runs in this layout", "leave it out")
+
+
+def _choose_server_gpus(choice: _Choice, layout: Layout, hardware: Hardware, options: Options) -> None:
+    wanted = choice.values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in choice.given else None
+    if wanted and options.vllm_gpus and wanted != options.vllm_gpus:
+        choice.refuse(
+            "--vllm_gpus", f"{options.vllm_gpus}, and vllm_tensor_parallel_size is {wanted}", "give one of them"
+        )
+    size = options.vllm_gpus or wanted or 1
+    if not hardware.gpus:
+        if size > 1:
+            choice.refuse("--vllm_gpus", f"{size}, and there is no GPU", "leave it out")
+        return
+    if size >= len(hardware.gpus):
+        choice.refuse(
+            "--vllm_gpus", f"{size} of {len(hardware.gpus)} GPUs: at least one must train", "give a smaller number"
+        )
+        return
+    layout.train_gpus, layout.server_gpus = hardware.gpus[:-size], hardware.gpus[-size:]
+
+
+def _choose_weight_sync(choice: _Choice, hardware: Hardware, options: Options) -> None:
+    given = choice.values["weight_sync"] if "weight_sync" in choice.given else None
+    if options.sync and given and options.sync != given:
+        choice.refuse("--sync", f"{options.sync}, and the recipe says weight_sync: {given}", "give one of them")
+    sync = options.sync or given or ("nccl" if hardware.gpus else "disk")
+    if sync == "nccl" and not hardware.gpus:
+        choice.refuse(
+            "--sync" if options.sync else "weight_sync", "NCCL connects GPUs, and there is no GPU", "use disk"
+        )
+    choice.filled["weight_sync"] = sync
