@@ -1,4 +1,4 @@
-"""Reward an answer for being one of the gold answers, by SQuAD's exact match and F1, and for having looked up the passage that holds it."""
+"""Reward an answer for being one of the gold answers (SQuAD's exact match and F1), and for having looked it up."""
 
 import math
 import re
@@ -8,93 +8,103 @@ from collections import Counter
 
 from grpo_launcher.messages import CHINESE, last_reply, tool_calls
 
-# What says that a question cannot be answered: normalised, so without articles and punctuation, at the beginning of the answer.
-NONE = ["unanswerable", "no answer", "not answerable", "cannot be answered", "question is unanswerable", "question cannot be answered", "not in passage"]
-NONE += ["not in passages", "answer is not in passage", "answer is not in passages", "i dont know", "i do not know"]
-NONE += ["无法回答", "無法回答", "不知道", "我不知道", "没有答案", "沒有答案", "文中没有", "文中沒有"]
-WIDE = re.compile(rf"{CHINESE.pattern}|[\u3001-\u303f\uff00-\uffef]")
-TOKEN = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})\S)+")
+# How an answer begins that says that there is none; without articles and punctuation.
+UNANSWERABLE = ["unanswerable", "no answer", "not answerable", "cannot be answered", "i dont know", "i do not know"]
+UNANSWERABLE += ["question is unanswerable", "question cannot be answered", "not in passage", "not in passages"]
+UNANSWERABLE += ["answer is not in passage", "answer is not in passages", "无法回答", "無法回答", "不知道", "我不知道"]
+UNANSWERABLE += ["没有答案", "沒有答案", "文中没有", "文中沒有"]
+_WIDE = re.compile(rf"{CHINESE.pattern}|[\u3001-\u303f\uff00-\uffef]")
+_TOKEN = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})\S)+")
 
 
-def answer_match_reward(completions, answers, *, exact: float = 0.5, f1: float = 0.5, retrieved: float = 0.2, **columns) -> list[float]:
-    """`exact` for one of the gold answers to the letter, plus `f1` times the best token F1, plus `retrieved` for the passage found: 0 to their sum.
+def answer_match_reward(
+    completions, answers, *, exact: float = 0.5, f1: float = 0.5, retrieved: float = 0.2, **columns
+) -> list[float]:
+    """Reward `exact` for a gold answer to the letter, `f1` times the best token F1, and `retrieved` for the passage.
 
-    Both matches are SQuAD v2's (Rajpurkar et al. 2018, evaluate-v2.0.py): lower case, no ASCII punctuation, no a, an, the. A Chinese character
-    is a token of its own, as in CMRC 2018 (Cui et al. 2019), whose F1 however counts the longest common run. What stands in the last
-    <answer>…</answer> counts, without one the whole reply. `retrieved` is due where a tool call that did not fail gave a line that begins
-    with [ID], the row's `passage_id` (an optional column). An empty list of answers is a question without one: exact and F1 are 1 for an
-    answer that begins with one of NONE, else 0, and nothing is due for a passage.
-    completions: B replies, as text or as chat messages; answers: B lists of texts. Returns B floats. Raises ValueError for an option below
-    0 or not finite, answers that are no list of texts, a passage_id that is neither text nor a whole number.
+    What stands in the last <answer>…</answer> counts, without one the whole text. A Chinese character is a token.
+    For a question without answer, exact match and F1 are 1 for a text that begins like one of UNANSWERABLE.
+
+    Args:
+        answers: B lists of texts, an empty list where the question has no answer.
+        columns: may hold `passage_id`, the id of the passage that a tool has to find, on a line that begins with [ID].
+
+    Returns:
+        B rewards in [0, exact + f1 + retrieved].
+
+    Source: Rajpurkar et al. 2018, SQuAD 2.0; Chinese as in Cui et al. 2019, CMRC 2018.
     """
     for name, value in {"exact": exact, "f1": f1, "retrieved": retrieved}.items():
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"answer_match_reward: {name} is {value!r}, and has to be a number from 0 up")
-    rows = zip(_matches("answer_match_reward", completions, answers), passage_retrieved(completions, **columns), answers, strict=True)
-    return [float(exact * same + f1 * overlap + (retrieved * found if gold and found else 0)) for (same, overlap), found, gold in rows]
-
-
-def answer_exact(completions, answers, **columns) -> list[float]:
-    """1 for one of the gold answers to the letter, else 0, as in answer_match_reward. A measure, to stand among the rewards with weight 0.
-
-    completions: B replies, as text or as chat messages; answers: B lists of texts. Returns B floats.
-    """
-    return [same for same, _ in _matches("answer_exact", completions, answers)]
-
-
-def answer_f1(completions, answers, **columns) -> list[float]:
-    """The best token F1 with a gold answer, 0 to 1, as in answer_match_reward. A measure, to stand among the rewards with weight 0.
-
-    completions: B replies, as text or as chat messages; answers: B lists of texts. Returns B floats.
-    """
-    return [overlap for _, overlap in _matches("answer_f1", completions, answers)]
-
-
-def passage_retrieved(completions, **columns) -> list[float | None]:
-    """1 where a tool gave the row's passage, else 0; None without a passage_id. A measure, to stand among the rewards with weight 0.
-
-    completions: B replies, as text or as chat messages; passage_id (optional column): B texts or whole numbers. Returns B floats or None.
-    """
-    wanted = columns.get("passage_id") or [None] * len(completions)
-    return [_holds(completion, passage) for completion, passage in zip(completions, wanted, strict=True)]
-
-
-def _holds(completion, passage: str | int | None) -> float | None:
-    if passage in (None, ""):
-        return None
-    if not isinstance(passage, str | int):
-        raise ValueError(f"passage_retrieved: passage_id is {passage!r}, and has to be the passage's id as text, or empty where there is none")
-    begins = re.compile(rf"^{re.escape(f'[{passage}]')}", re.MULTILINE)
-    return float(any(begins.search(call.result) for call in tool_calls(completion) if call.result and not call.failed))
-
-
-def _matches(name: str, completions, answers) -> list[tuple[float, float]]:
-    """Exact match and F1 of each reply; `name` asks, should an answer be none."""
+            raise ValueError(f"answer_match_reward: {name} is {value!r} and must be a number from 0 up")
     scores = []
-    for completion, gold in zip(completions, answers, strict=True):
-        if not isinstance(gold, list | tuple) or not all(isinstance(text, str) and text.strip() for text in gold):
-            raise ValueError(f"{name}: answers is {gold!r}, and has to be a list of texts for each row, an empty list where there is no answer")
-        text = last_reply(completion)
-        text = (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE) or [text])[-1]
-        given = _tokens(text)
-        if gold:
-            wanted = [_tokens(one) for one in gold]
-            scores.append((float(given in wanted), max(_f1(given, one) for one in wanted)))
-        else:
-            plain = _tokens(text.replace("’", "'"))
-            scores.append((float(any(plain[: len(said)] == said for said in map(_tokens, NONE))),) * 2)
+    found = passage_retrieved(completions, **columns)
+    for completion, gold, was_found in zip(completions, answers, found, strict=True):
+        is_exact, best_f1 = _match(completion, gold)
+        bonus = retrieved if gold and was_found else 0.0
+        scores.append(float(exact * is_exact + f1 * best_f1 + bonus))
     return scores
 
 
+def answer_exact(completions, answers, **columns) -> list[float]:
+    """Measure: 1 for one of the gold answers to the letter, else 0, as in `answer_match_reward`."""
+    return [_match(completion, gold)[0] for completion, gold in zip(completions, answers, strict=True)]
+
+
+def answer_f1(completions, answers, **columns) -> list[float]:
+    """Measure: the best token F1 with a gold answer, 0 to 1, as in `answer_match_reward`."""
+    return [_match(completion, gold)[1] for completion, gold in zip(completions, answers, strict=True)]
+
+
+def passage_retrieved(completions, **columns) -> list[float | None]:
+    """Measure: 1 where a tool gave the passage of the column `passage_id`, else 0; None for a row without one."""
+    scores = []
+    passage_ids = columns.get("passage_id") or [None] * len(completions)
+    for completion, passage_id in zip(completions, passage_ids, strict=True):
+        if passage_id in (None, ""):
+            scores.append(None)
+            continue
+        if not isinstance(passage_id, str | int):
+            raise ValueError(
+                f"passage_retrieved: passage_id is {passage_id!r} and must be a text, an integer or empty"
+            )
+        label = re.compile(rf"^{re.escape(f'[{passage_id}]')}", re.MULTILINE)
+        results = [call.result for call in tool_calls(completion) if call.result and not call.failed]
+        scores.append(float(any(label.search(result) for result in results)))
+    return scores
+
+
+def _match(completion, gold: list[str]) -> tuple[float, float]:
+    """Return exact match and F1 of a completion."""
+    if not isinstance(gold, list | tuple) or not all(isinstance(text, str) and text.strip() for text in gold):
+        raise ValueError(
+            f"answer_match: answers is {gold!r} and must be a list of texts for each row, [] for no answer"
+        )
+    text = last_reply(completion)
+    text = (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE) or [text])[-1]
+    if not gold:
+        tokens = _tokens(text.replace("’", "'"))
+        beginnings = [_tokens(phrase) for phrase in UNANSWERABLE]
+        is_refusal = float(any(tokens[: len(beginning)] == beginning for beginning in beginnings))
+        return is_refusal, is_refusal
+    tokens = _tokens(text)
+    expected = [_tokens(answer) for answer in gold]
+    return float(tokens in expected), max(_f1(tokens, answer) for answer in expected)
+
+
 def _tokens(text: str) -> list[str]:
-    """SQuAD's normalisation, and its words; in text with Chinese or full-width characters all of Unicode's punctuation goes."""
+    """Normalise as SQuAD does (lower case, no ASCII punctuation, no articles) and split at spaces.
+
+    In text with Chinese or full-width characters all of Unicode's punctuation goes.
+    """
     text = text.lower()
-    if WIDE.search(text):
-        text = "".join(one for one in unicodedata.normalize("NFKC", text) if not unicodedata.category(one).startswith("P"))
-    text = "".join(one for one in text if one not in string.punctuation)
-    return TOKEN.findall(re.sub(r"\b(a|an|the)\b", " ", text))
+    if _WIDE.search(text):
+        text = unicodedata.normalize("NFKC", text)
+        text = "".join(char for char in text if not unicodedata.category(char).startswith("P"))
+    text = "".join(char for char in text if char not in string.punctuation)
+    return _TOKEN.findall(re.sub(r"\b(a|an|the)\b", " ", text))
 
 
-def _f1(given: list[str], wanted: list[str]) -> float:
-    common = sum((Counter(given) & Counter(wanted)).values())
-    return 2 * common / (len(given) + len(wanted)) if given and wanted else float(given == wanted)
+def _f1(actual: list[str], expected: list[str]) -> float:
+    common = sum((Counter(actual) & Counter(expected)).values())
+    return 2 * common / (len(actual) + len(expected)) if actual and expected else float(actual == expected)

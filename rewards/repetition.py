@@ -1,31 +1,33 @@
-"""Reward a reply for not repeating itself."""
+"""Reward a completion for not repeating itself."""
 
 from grpo_launcher.messages import last_reply, words
 
 
 def distinct_words_reward(completions, **columns) -> list[float]:
-    """Distinct words over all words: 1 if none comes twice, towards 0 the more they repeat, 0 for a reply without words.
+    """Reward the share of distinct words among all words. Long texts score lower by nature.
 
-    The type-token ratio, or distinct-1 (Li et al. 2016, arXiv:1510.03055). Long replies score lower by nature: compare like with like.
-    completions: B replies, as text or as chat messages. Returns B floats.
+    Returns:
+        B rewards in [0, 1]: 1 if no word comes twice, 0 for a completion without words.
+
+    Source: distinct-1, Li et al. 2016 (arXiv:1510.03055).
     """
-    found = [words(last_reply(completion)) for completion in completions]
-    return [len(set(said)) / len(said) if said else 0.0 for said in found]
+    texts = [words(last_reply(completion)) for completion in completions]
+    return [len(set(tokens)) / len(tokens) if tokens else 0.0 for tokens in texts]
 
 
 def ngram_repetition_reward(completions, *, n: int = 3, **columns) -> list[float]:
-    """Minus the share of n-grams of words that repeat an earlier one: 0 at best, above −1; 0 for fewer than n words.
+    """Punish the share of n-grams of words that repeat an earlier one.
 
-    distinct-n − 1 (Li et al. 2016, arXiv:1510.03055). completions: B replies, as text or as chat messages. Returns B floats. Raises
-    ValueError if `n` is below 1.
+    Returns:
+        B rewards in (-1, 0]: minus that share, 0 for fewer than n words.
+
+    Source: distinct-n minus 1, Li et al. 2016 (arXiv:1510.03055).
     """
     if n < 1:
-        raise ValueError(f"ngram_repetition_reward: n is {n}, and has to be at least 1")
-    return [_share_of_repeats(words(last_reply(completion)), n) for completion in completions]
-
-
-def _share_of_repeats(said: list[str], n: int) -> float:
-    total = len(said) - n + 1
-    if total < 1:
-        return 0.0
-    return (len({tuple(said[start : start + n]) for start in range(total)}) - total) / total
+        raise ValueError(f"ngram_repetition_reward: n is {n} and must be at least 1")
+    scores = []
+    for completion in completions:
+        tokens = words(last_reply(completion))
+        ngrams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+        scores.append(len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0)
+    return scores

@@ -1,4 +1,4 @@
-"""Reward a reply for sharing words with a reference: ROUGE, on Chinese too."""
+"""Reward a completion for sharing words with a reference: ROUGE, in Chinese too."""
 
 import functools
 import math
@@ -9,53 +9,58 @@ from grpo_launcher.messages import CHINESE, last_reply
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TOKEN = re.compile(rf"[a-z0-9]+|{CHINESE.pattern}")
-BETWEEN_SENTENCES = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 def rouge_reward(completions, reference, *, weights: dict[str, float] | None = None, **columns) -> list[float]:
-    """The weighted mean of ROUGE F1 between each reply and its reference: 0 for nothing in common, 1 for the same words.
+    """Reward the weighted mean of ROUGE F1 scores between a completion and its reference text.
 
-    weights: the share of rouge1, rouge2, rougeL and rougeLsum, of any sum; by default the first three alike. The scores are those of
-    rouge_score 0.1.2 with stemming (Lin 2004), to the last digit; but each Chinese character is a word (rouge_score drops them all),
-    and for rougeLsum, whose sentences are lines, a new line begins after . ! ? before a space and after 。！？.
-    completions: B replies, as text or as chat messages; reference: B texts. Returns B floats. Raises ValueError for an unknown kind,
-    a weight below 0, weights that sum to 0, or not as many references as replies.
+    Scores equal those of rouge_score with stemming, except that each Chinese character is a word (rouge_score drops
+    them all) and that rougeLsum, whose sentences are lines, also begins a new one after . ! ? 。！？.
+
+    Args:
+        weights: weight of rouge1, rouge2, rougeL and rougeLsum, of any sum; by default the first three alike.
+
+    Returns:
+        B rewards in [0, 1].
+
+    Source: Lin 2004, ROUGE.
     """
     weights = dict.fromkeys(KINDS[:3], 1.0) if weights is None else weights
-    if unknown := [kind for kind in weights if kind not in KINDS]:
-        raise ValueError(f"rouge_reward: weights knows no {', '.join(map(repr, unknown))}; allowed are {', '.join(KINDS)}")
     total = sum(weights.values())
-    if not all(weight >= 0 for weight in weights.values()) or not 0 < total < math.inf:
-        raise ValueError(f"rouge_reward: weights has to hold numbers from 0 up with a sum above 0 for any of {', '.join(KINDS)}, not {weights}")
-    scored = [_scores(wanted, last_reply(completion), tuple(weights)) for completion, wanted in zip(completions, reference, strict=True)]
-    return [sum(weight * f1[kind] for kind, weight in weights.items()) / total for f1 in scored]
+    if set(weights) - set(KINDS) or min(weights.values(), default=0) < 0 or not 0 < total < math.inf:
+        raise ValueError(f"rouge_reward: weights is {weights} and must hold numbers from 0 up, not all 0, for {KINDS}")
+    scores = []
+    for completion, text in zip(completions, reference, strict=True):
+        f1 = _f1_scores(text, last_reply(completion), tuple(weights))
+        scores.append(sum(weight * f1[kind] for kind, weight in weights.items()) / total)
+    return scores
 
 
-def _scores(reference: str, text: str, kinds: tuple[str, ...]) -> dict[str, float]:
-    """The F1 of every kind."""
-    if "rougeLsum" in kinds:  # tokens stay the same, so the others do not care
-        reference, text = BETWEEN_SENTENCES.sub("\n", reference), BETWEEN_SENTENCES.sub("\n", text)
-    others = tuple(kind for kind in kinds if kind != "rougeL")
-    f1 = {kind: float(score.fmeasure) for kind, score in _scorer(others).score(reference, text).items()}
-    return f1 | {"rougeL": _rouge_l(_tokens(reference), _tokens(text))}
-
-
-def _rouge_l(reference: tuple[str, ...], said: tuple[str, ...]) -> float:
-    """rouge_score's rougeL without its table of reference × reply cells, which takes more than half of its time."""
+def _f1_scores(reference: str, completion: str, kinds: tuple[str, ...]) -> dict[str, float]:
     from rouge_score import scoring
 
-    common = _common_subsequence(reference, said)
-    return float(scoring.fmeasure(common / len(said), common / len(reference))) if common else 0.0
+    if "rougeLsum" in kinds:  # the tokens stay the same, so the other kinds do not notice
+        reference, completion = (SENTENCE_END.sub("\n", text) for text in (reference, completion))
+    scorer = _scorer(tuple(kind for kind in kinds if kind != "rougeL"))
+    f1 = {kind: float(score.fmeasure) for kind, score in scorer.score(reference, completion).items()}
+    expected, actual = _tokens(reference), _tokens(completion)
+    common = _common_subsequence(expected, actual)
+    f1["rougeL"] = float(scoring.fmeasure(common / len(actual), common / len(expected))) if common else 0.0
+    return f1
 
 
 def _common_subsequence(first: tuple[str, ...], second: tuple[str, ...]) -> int:
-    """The length of the longest common subsequence, a row of the table at a time as the bits of one integer (Hyyrö 2004)."""
-    places: dict[str, int] = {}
-    for place, token in enumerate(first):
-        places[token] = places.get(token, 0) | 1 << place
+    """Return the length of the longest common subsequence (Hyyrö 2004: a row of the table is one integer).
+
+    rouge_score fills a table of Python lists, which took 6 to 20 times as long for a whole reward.
+    """
+    positions: dict[str, int] = {}
+    for index, token in enumerate(first):
+        positions[token] = positions.get(token, 0) | 1 << index
     row = full = (1 << len(first)) - 1
     for token in second:
-        matches = row & places.get(token, 0)
+        matches = row & positions.get(token, 0)
         row = (row + matches | row - matches) & full
     return len(first) - row.bit_count()
 
@@ -72,13 +77,13 @@ def _tokens(text: str) -> tuple[str, ...]:
     return tuple(filter(None, map(_stem, TOKEN.findall(text.lower()))))
 
 
-@functools.lru_cache(maxsize=65536)  # stemming is most of what is left, and words recur
+@functools.lru_cache(maxsize=65536)  # stemming is slow, and words recur
 def _stem(word: str) -> str:
-    return word if CHINESE.match(word) else "".join(_english().tokenize(word))
+    return word if CHINESE.match(word) else "".join(_english_tokenizer().tokenize(word))
 
 
 @functools.cache
-def _english():
+def _english_tokenizer():
     from rouge_score.tokenizers import DefaultTokenizer
 
     return DefaultTokenizer(use_stemmer=True)

@@ -8,7 +8,12 @@ import torch
 from rewards.perplexity import _load, perplexity_ready, perplexity_reward
 
 PROMPT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Say something about the rain."}]
-REPLIES = ["It rained.", "The rain fell on the garden and everybody was glad about it, for it had been a dry summer.", "zq zq 雨 zq", "x"]
+REPLIES = [
+    "It rained.",
+    "The rain fell on the garden and everybody was glad about it, for it had been a dry summer.",
+    "zq zq 雨 zq",
+    "x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,13 @@ def model(tmp_path_factory) -> str:
     template = turn + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     tokenizer = make_tokenizer([*REPLIES, "a dry summer in the garden"] * 5, template)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     network = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes))
     network.lm_head.weight.data *= 10
     network.save_pretrained(folder)
@@ -34,7 +45,11 @@ def model(tmp_path_factory) -> str:
 def by_hand(model: str, prompt, answer: str) -> float:
     """10·clamp(1 − (ln ppl − 1)/10) of one reply, without a batch."""
     network, tokenizer = _load(model)
-    text = prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = (
+        prompt
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    )
     before, after = tokenizer(text)["input_ids"], tokenizer(answer)["input_ids"]
     logs = network(torch.tensor([before + after])).logits[0].log_softmax(-1)
     surprise = -sum(logs[len(before) + i - 1, token].item() for i, token in enumerate(after)) / len(after)
@@ -45,7 +60,9 @@ def by_hand(model: str, prompt, answer: str) -> float:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_no_reply_feels_its_batch(prompt, batch_size, model):
     """A published perplexity averages over the padding."""
-    completions = REPLIES if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in REPLIES]
+    completions = (
+        REPLIES if isinstance(prompt, str) else [[{"role": "assistant", "content": text}] for text in REPLIES]
+    )
     scores = perplexity_reward([prompt] * 4, completions, model=model, batch_size=batch_size)
     expected = [by_hand(model, prompt, text) for text in REPLIES]
     assert scores == pytest.approx(expected, abs=1e-4)

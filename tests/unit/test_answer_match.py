@@ -1,9 +1,9 @@
-"""Answers against gold answers: SQuAD's matches, worked by hand, in Chinese too; questions without an answer; the passage looked up."""
+"""Answers against gold answers: SQuAD's matches by hand, questions without an answer, the passage looked up."""
 
 import json
 
 import pytest
-from conftest import test_data
+from outside_data import outside_data
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from rewards.answer_match import answer_exact, answer_f1, answer_match_reward, passage_retrieved
@@ -16,7 +16,12 @@ MATCHES = {  # reply, gold answers → exact match, F1
     "two words too many": ("in the 10th century AD", ["10th century"], 0, 2 * (2 / 4 * 1) / (2 / 4 + 1)),
     "a word counts as often as it stands in both": ("no no no", ["no no yes"], 0, 2 / 3),
     "the best of several": ("10th century", ["in the 10th and 11th centuries", "10th Century.", "x"], 1, 1),
-    "the best F1 of several": ("11th centuries", ["10th and 11th centuries", "10th"], 0, 2 * (1 * 2 / 4) / (1 + 2 / 4)),
+    "the best F1 of several": (
+        "11th centuries",
+        ["10th and 11th centuries", "10th"],
+        0,
+        2 * (1 * 2 / 4) / (1 + 2 / 4),
+    ),
     "nothing in common": ("Paris", ["Rollo"], 0, 0),
     "an empty reply": ("", ["Rollo"], 0, 0),
     "a hyphen joins": ("1990-2000", ["19902000"], 1, 1),
@@ -67,7 +72,13 @@ def looked_up(*results: str, reply: str = "no idea") -> list[dict]:
     """A completion with a search for each result, and a reply."""
     messages = []
     for result in results:
-        messages.append({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "search", "arguments": {"query": "x"}}}]})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "search", "arguments": {"query": "x"}}}],
+            }
+        )
         messages.append({"role": "tool", "name": "search", "content": result})
     return [*messages, {"role": "assistant", "content": reply}]
 
@@ -103,13 +114,19 @@ def test_without_a_column_of_passages():
 
 
 WRONG = {
-    "answers that are one text": ({"answers": ["France"]}, "answers is 'France', and has to be a list"),
-    "answers in SQuAD's own form": ({"answers": [{"text": ["France"]}]}, "has to be a list of texts"),
-    "an empty answer": ({"answers": [[""]]}, "an empty list where there is no answer"),
+    "answers that are one text": ({"answers": ["France"]}, "answers is 'France' and must be a list"),
+    "answers in SQuAD's own form": ({"answers": [{"text": ["France"]}]}, "must be a list of texts"),
+    "an empty answer": ({"answers": [[""]]}, "for no answer"),
     "no answers": ({"answers": [None]}, "answers is None"),
     "fewer answers than replies": ({"answers": []}, "shorter"),
-    "a passage's id that was made a float": ({"answers": [["x"]], "passage_id": [3.0]}, "passage_id is 3.0, and has to be the passage's id as text"),
-    "an option below 0": ({"answers": [["x"]], "f1": -1}, "answer_match_reward: f1 is -1, and has to be a number from 0 up"),
+    "a passage's id that was made a float": (
+        {"answers": [["x"]], "passage_id": [3.0]},
+        "passage_id is 3.0 and must be a text",
+    ),
+    "an option below 0": (
+        {"answers": [["x"]], "f1": -1},
+        "f1 is -1 and must be a number from 0 up",
+    ),
     "an option that is no number": ({"answers": [["x"]], "exact": "1e-2"}, "exact is '1e-2'"),
     "an option without end": ({"answers": [["x"]], "retrieved": float("inf")}, "retrieved is inf"),
 }
@@ -124,10 +141,20 @@ def test_what_cannot_be_is_named(given, said):
 
 def test_matches_are_those_of_squads_evaluation():
     """As transformers has it, on gold answers, the words around them, and whole contexts."""
-    articles = json.loads(test_data("squad/squad_v2.json").read_text(encoding="utf-8"))["data"]
-    rows = [(part["context"], asked) for article in articles for part in article["paragraphs"] for asked in part["qas"] if asked["answers"]]
+    articles = json.loads(outside_data("squad/squad_v2.json").read_text(encoding="utf-8"))["data"]
+    rows = [
+        (part["context"], asked)
+        for article in articles
+        for part in article["paragraphs"]
+        for asked in part["qas"]
+        if asked["answers"]
+    ]
     gold = [[answer["text"] for answer in asked["answers"]] for _, asked in rows]
     around = [context[max(asked["answers"][0]["answer_start"] - 9, 0) :][:40] for context, asked in rows]
     for replies in (around, [context for context, _ in rows], [answers[-1].upper() for answers in gold]):
-        assert answer_exact(replies, gold) == [max(compute_exact(one, given) for one in answers) for given, answers in zip(replies, gold, strict=True)]
-        assert answer_f1(replies, gold) == pytest.approx([max(compute_f1(one, given) for one in answers) for given, answers in zip(replies, gold, strict=True)])
+        assert answer_exact(replies, gold) == [
+            max(compute_exact(one, given) for one in answers) for given, answers in zip(replies, gold, strict=True)
+        ]
+        assert answer_f1(replies, gold) == pytest.approx(
+            [max(compute_f1(one, given) for one in answers) for given, answers in zip(replies, gold, strict=True)]
+        )

@@ -87,10 +87,17 @@ def test_the_format_is_whole_or_not(text, score):
 
 
 def test_replies_that_are_all_cut_off_still_differ():
-    """A published recipe allows 64 tokens where 100 characters of reasoning are asked for: all score 0, and nothing is learned."""
+    """A published recipe allows 64 tokens for 100 characters of reasoning: all score 0, and nothing is learned."""
     cut = [f"<reasoning>{'因' * characters}" for characters in (0, 45, 60, 75)]
     assert set(choice_format_reward(cut)) == {0} and set(choice_reward(cut, answer=["A"] * 4)) == {-1.5}
-    assert reasoning_length_reward([*cut, f"<reasoning>{'因' * 200}</reasoning>", "no tag"]) == [0, 0.45, 0.6, 0.75, 1, 0]
+    assert reasoning_length_reward([*cut, f"<reasoning>{'因' * 200}</reasoning>", "no tag"]) == [
+        0,
+        0.45,
+        0.6,
+        0.75,
+        1,
+        0,
+    ]
 
 
 TEXT = st.text() | st.text("<>/answerig ABCDＡ拒答.、\n", max_size=60)
@@ -101,5 +108,8 @@ TEXT = st.text() | st.text("<>/answerig ABCDＡ拒答.、\n", max_size=60)
 def test_any_text_scores_within_the_range(text):
     """Finite, a float, and the same in chat as in plain text."""
     for reward, low, high in ((choice_reward, -1.5, 1), (choice_format_reward, 0, 1), (reasoning_length_reward, 0, 1)):
-        plain, in_chat = reward([f"<answer>{text}</answer>", [{"role": "assistant", "content": f"<answer>{text}</answer>"}]], answer=["A", "A"])
+        plain, in_chat = reward(
+            [f"<answer>{text}</answer>", [{"role": "assistant", "content": f"<answer>{text}</answer>"}]],
+            answer=["A", "A"],
+        )
         assert plain == in_chat and type(plain) is float and math.isfinite(plain) and low <= plain <= high

@@ -5,34 +5,20 @@ import json
 import math
 
 import pytest
-from conftest import test_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outside_data import outside_data
 from rouge_score.rouge_scorer import RougeScorer
 
 from rewards.chinese import chinese_reward
 from rewards.length import gaussian_length_reward, length_reward, length_similarity_reward, smooth_length_reward
 from rewards.repetition import distinct_words_reward, ngram_repetition_reward
-from rewards.rouge import BETWEEN_SENTENCES, KINDS, rouge_reward
-from grpo_launcher.messages import reply
+from rewards.rouge import KINDS, SENTENCE_END, rouge_reward
 
 
 def chat(text: str) -> list[dict]:
-    """A completion as chat messages."""
+    """Return a completion as chat messages."""
     return [{"role": "assistant", "content": text}]
-
-
-TOOLS = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}, {"role": "tool", "content": "4"}, *chat("four")]
-
-
-@pytest.mark.parametrize(
-    ("completion", "text"),
-    [("abc", "abc"), (chat("abc"), "abc"), (TOOLS, "four"), (TOOLS[:2], ""), ([], ""), ("", "")],
-    ids=["plain", "chat", "the answer after a tool", "a call without words", "no message", "empty"],
-)
-def test_reply_is_the_last_assistant_message(completion, text):
-    """len() of a list of messages is 1: that must not be the length of a reply."""
-    assert reply(completion) == text
 
 
 @pytest.mark.parametrize(("length", "score"), [(200, 0), (100, -100), (300, -100), (0, -200)])
@@ -41,13 +27,17 @@ def test_length_is_subtracted(length, score):
     assert length_reward(["x" * length, chat("夸" * length)]) == [score, score]
 
 
-@pytest.mark.parametrize(("length", "score"), [(300, 0), (270, 0), (330, 0), (331, -0.05), (370 + 60, -0.5), (0, -0.05 * 270**0.5)])
+@pytest.mark.parametrize(
+    ("length", "score"), [(300, 0), (270, 0), (330, 0), (331, -0.05), (370 + 60, -0.5), (0, -0.05 * 270**0.5)]
+)
 def test_smooth_length_is_flat_inside_its_tolerance(length, score):
     """Then a square root."""
     assert smooth_length_reward(["x" * length]) == [pytest.approx(score)]
 
 
-@pytest.mark.parametrize(("length", "score"), [(200, 10), (250, 10 * math.exp(-0.5)), (150, 10 * math.exp(-0.5)), (0, 10 * math.exp(-8))])
+@pytest.mark.parametrize(
+    ("length", "score"), [(200, 10), (250, 10 * math.exp(-0.5)), (150, 10 * math.exp(-0.5)), (0, 10 * math.exp(-8))]
+)
 def test_gaussian_length_is_a_bell(length, score):
     """50 characters off is one σ, on both sides."""
     assert gaussian_length_reward(["x" * length, chat("夸" * length)]) == [pytest.approx(score)] * 2
@@ -122,7 +112,7 @@ def test_any_text_scores_within_the_range(reward, text, reference):
 
 @pytest.mark.parametrize("reward", [length_similarity_reward, rouge_reward])
 def test_each_reply_meets_its_own_reference(reward):
-    """A published reward is zipped with the whole column of answers: the first ones for every batch, and never an error."""
+    """A published reward is zipped with the whole column of answers: always its first ones, never an error."""
     replies, references = ["a b c d", "x"], ["y", "a b c d"]
     assert reward(replies, references) == [reward([replies[row]], [references[row]])[0] for row in (0, 1)]
     assert reward(replies, references[::-1])[0] == 1 > reward(replies, references)[0]
@@ -134,8 +124,8 @@ def test_each_reply_meets_its_own_reference(reward):
     ("reward", "options", "words"),
     [
         (rouge_reward, {"weights": {"rouge1": 1, "rouge3": 1}}, ["rouge_reward", "'rouge3'", "rougeLsum"]),
-        (rouge_reward, {"weights": {"rouge1": 0}}, ["rouge_reward", "sum above 0", "rouge1"]),
-        (rouge_reward, {"weights": {}}, ["rouge_reward", "sum above 0"]),
+        (rouge_reward, {"weights": {"rouge1": 0}}, ["rouge_reward", "not all 0", "rouge1"]),
+        (rouge_reward, {"weights": {}}, ["rouge_reward", "not all 0"]),
         (rouge_reward, {"weights": {"rouge1": 2, "rouge2": -1}}, ["rouge_reward", "-1"]),
         (ngram_repetition_reward, {"n": 0}, ["ngram_repetition_reward", "n is 0"]),
         (gaussian_length_reward, {"spread": 0}, ["gaussian_length_reward", "spread is 0"]),
@@ -152,7 +142,7 @@ def test_an_impossible_option_is_named(reward, options, words):
 def rouge_score_of(text: str, reference: str) -> dict[str, float]:
     """What a new scorer of rouge_score's own gives, for sentences on lines of their own."""
     scorer = RougeScorer(KINDS, use_stemmer=True)
-    scores = scorer.score(BETWEEN_SENTENCES.sub("\n", reference), BETWEEN_SENTENCES.sub("\n", text))
+    scores = scorer.score(SENTENCE_END.sub("\n", reference), SENTENCE_END.sub("\n", text))
     return {kind: score.fmeasure for kind, score in scores.items()}
 
 
@@ -164,8 +154,14 @@ def check_equal(text: str, reference: str) -> None:
 
 
 ENGLISH = {
-    "sentences": ("The cats were running quickly.\nA dog's: 3.5 miles away! No.", "A cat runs; its owner\nwas 3,5 mile away. Not it."),
-    "letters that change in lower case": ("Café naïve über İstanbul Straße \u212aelvin", "cafe naive uber istanbul kelvin ΣΑΣ"),
+    "sentences": (
+        "The cats were running quickly.\nA dog's: 3.5 miles away! No.",
+        "A cat runs; its owner\nwas 3,5 mile away. Not it.",
+    ),
+    "letters that change in lower case": (
+        "Café naïve über İstanbul Straße \u212aelvin",
+        "cafe naive uber istanbul kelvin ΣΑΣ",
+    ),
     "stems": ("ties dies flies generously agreed hopping skies sss ings", "tie die fly generous agree hop sky ss ing"),
     "nothing": ("", "nothing said"),
 }
@@ -186,7 +182,7 @@ def test_rouge_is_that_of_rouge_score_on_any_letters(text, reference):
 
 def test_rouge_on_real_summaries():
     """Summaries against themselves, their neighbours and the posts."""
-    with open(test_data("tldr/tldr.jsonl"), encoding="utf-8") as file:
+    with open(outside_data("tldr/tldr.jsonl"), encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, 12)]
     for row, after in itertools.pairwise(rows):
         for text in (row["completion"], after["completion"], row["prompt"][:500]):

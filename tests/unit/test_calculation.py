@@ -81,7 +81,7 @@ def test_what_is_wrong(text, answer):
 
 
 def turns(*results, said="72"):
-    """An episode in the form that TRL gives it: a call and its result each, and then the answer; None for a call that was cut off."""
+    """Return an episode as TRL has it: calls with their results (None: cut off before it), and then the answer."""
     messages = []
     for result in results:
         call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "48 + 24"}}}
@@ -117,22 +117,27 @@ def test_what_an_episode_is_worth(completion, score, success):
 def test_a_row_that_needs_no_tool_pays_the_same_without_one():
     """Each reply meets its own row's answer and need; the options move all of it."""
     replies = [turns(), turns(), turns("7", said="8")]
-    assert calculation_reward(replies, ["72", "72", "8"], needs_tool=[False, True, False]) == pytest.approx([1, 0.8, 1.1])
+    assert calculation_reward(replies, ["72", "72", "8"], needs_tool=[False, True, False]) == pytest.approx(
+        [1, 0.8, 1.1]
+    )
     options = {"right": 2, "called": 0.5, "failed": -0.3, "without_tool": -0.4, "tolerance": 0.5}
     replies = [turns(said="50"), turns("7", said="9"), turns(FAILED, said="9")]
     assert calculation_reward(replies, ["72"] * 3, **options) == pytest.approx([1.6, 0.5, -0.3])
 
 
 IMPOSSIBLE = {
-    "an answer without a number": ({"answer": ["seventy"]}, "calculation_reward: answer is 'seventy', and has to hold a number"),
+    "an answer without a number": (
+        {"answer": ["seventy"]},
+        "answer is 'seventy'",
+    ),
     "an answer without an end": ({"answer": ["1e999"]}, "answer is '1e999'"),
     "no answer": ({"answer": [None]}, "answer is None"),
     "a bonus for failing": ({"answer": ["1"], "failed": 0.1}, "failed 0.1"),
     "a bonus for not calling": ({"answer": ["1"], "without_tool": 0.1}, "without_tool 0.1"),
     "a price for calling": ({"answer": ["1"], "called": -1}, "called -1"),
     "a negative tolerance": ({"answer": ["1"], "tolerance": -1}, "tolerance -1"),
-    "calling pays like being right": ({"answer": ["1"], "called": 0.7}, "called smaller than right 1.0"),
-    "failing eats the reward": ({"answer": ["1"], "failed": -0.4}, "called smaller than right"),
+    "calling pays like being right": ({"answer": ["1"], "called": 0.7}, "called below right 1.0"),
+    "failing eats the reward": ({"answer": ["1"], "failed": -0.4}, "called below right"),
     "fewer answers than replies": ({"answer": []}, "shorter"),
 }
 
@@ -142,7 +147,7 @@ def test_what_cannot_be_is_named(given, said):
     """The option or the row's value; by the measure too."""
     with pytest.raises(ValueError, match=said):
         calculation_reward(["1"], **given)
-    with pytest.raises(ValueError, match="calculation_accuracy: answer is 'x'"):
+    with pytest.raises(ValueError, match="answer is 'x'"):
         calculation_accuracy([""], ["x"])
 
 
@@ -152,7 +157,7 @@ TEXT = st.text() | st.text("0123456789.,/-−$%½eE ^x\n", max_size=60)
 @given(text=TEXT, number=st.decimals(-(10**9), 10**9, places=3))
 @settings(deadline=None, database=None, max_examples=500, derandomize=True)
 def test_any_text_scores_and_any_number_is_read_back(text, number):
-    """A float within the range, the same in chat as in plain text; and what stands behind the text counts, in digits or with thousands."""
+    """A float within the range, in chat as in plain text; and the number behind the text counts."""
     plain, in_chat = calculation_reward([text, [{"role": "assistant", "content": text}]], ["72", "72"])
     assert plain == in_chat and type(plain) is float and math.isfinite(plain) and -0.3 <= plain <= 1.1
     assert last_number(f"{text} = {number}").value == last_number(f"{text} = {number:,}.").value == float(number)
