@@ -119,7 +119,7 @@ def judge_ready(**options) -> None:
             403: "set JUDGE_API_KEY",
             404: f"take a model that {url}/models lists, and end base_url in /v1",
         }
-        fix = fixes.get(getattr(error, "status_code", None), "take another model or template")
+        fix = fixes.get(getattr(error, "status_code", None), "take another model, template or max_tokens")
         problem = f"judge_reward: no rating from {url} (model {model}): {_without_key(error)}"
         raise ValueError(f"{problem}. Fix: {fix}.") from None  # the cause may hold the key
 

@@ -11,12 +11,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class JudgeServer:
     """`with JudgeServer(answer) as judge:` listens at judge.url on a free port of this machine until the block ends.
 
-    answer(reply, request) → what the judge says, or (status, body) with a body that is a dict, or text that is sent as it stands.
-    delay: seconds before each answer. model: the only one it has. key: what it wants as Bearer; None wants none.
+    Args:
+        answer: (reply, request) -> what the judge says, or (status, body) with a body that is a dict, or a text that is
+            sent as it is.
+        delay: seconds before each answer.
+        model: the only one that it has.
+        key: wanted as Bearer; None wants none.
+        vllm: whether to answer in vLLM's form, else in Ollama's.
     """
 
     def __init__(
-        self, answer: Callable = lambda reply, request: "8", delay: float = 0.0, model: str = "qwen2.5:7b", key: str | None = None, vllm: bool = False
+        self,
+        answer: Callable = lambda reply, request: "8",
+        delay: float = 0.0,
+        model: str = "qwen2.5:7b",
+        key: str | None = None,
+        vllm: bool = False,
     ):
         self.answer, self.delay, self.model, self.key, self.vllm = answer, delay, model, key, vllm
         self.requests, self.authorizations = [], []  # one each for every rating that was asked for
@@ -81,11 +91,19 @@ class JudgeServer:
             if path != "/v1/chat/completions":
                 return 404, "404 page not found"
             if self.key and authorization != f"Bearer {self.key}":
-                return 401, {"error": {"message": f"Incorrect API key: {authorization}", "type": "invalid_request_error"}}
+                return 401, {
+                    "error": {"message": f"Incorrect API key: {authorization}", "type": "invalid_request_error"}
+                }
             if request["model"] != self.model:
-                gone = f"The model `{request['model']}` does not exist." if self.vllm else f'model "{request["model"]}" not found, try pulling it first'
+                gone = (
+                    f"The model `{request['model']}` does not exist."
+                    if self.vllm
+                    else f'model "{request["model"]}" not found, try pulling it first'
+                )
                 return 404, {"error": {"message": gone, "type": "NotFoundError", "code": 404 if self.vllm else None}}
-            said = self.answer(json.loads(re.search(r"^Reply: (.*)$", request["messages"][-1]["content"], re.MULTILINE)[1]), request)
+            said = self.answer(
+                json.loads(re.search(r"^Reply: (.*)$", request["messages"][-1]["content"], re.MULTILINE)[1]), request
+            )
             return said if isinstance(said, tuple) else (200, self.completion(said))
         finally:
             with self._lock:
@@ -97,4 +115,11 @@ class JudgeServer:
         choice = {"index": 0, "message": {"role": "assistant", "content": said} | more, "finish_reason": "stop"}
         choice |= {"logprobs": None, "stop_reason": None, "token_ids": None} if self.vllm else {}
         usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
-        return {"id": "1", "object": "chat.completion", "created": int(time.time()), "model": self.model, "choices": [choice], "usage": usage}
+        return {
+            "id": "1",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.model,
+            "choices": [choice],
+            "usage": usage,
+        }
