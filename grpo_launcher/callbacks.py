@@ -1,8 +1,9 @@
-"""What a run tells while it trains: a line a step on the console, every figure in metrics.jsonl, now and then a sample."""
+"""Callbacks of a run: the console line and metrics.jsonl of each step, and the guards."""
 
 import json
+import math
+import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -11,11 +12,14 @@ from rich.panel import Panel
 from rich.table import Table
 from transformers import TrainerCallback
 
-from grpo_launcher.messages import reply, transcript
-from grpo_launcher.runs import BEST, METRICS, point, read_metrics
+from grpo_launcher.errors import UserError, did_you_mean
+from grpo_launcher.messages import last_reply, last_user_text, transcript
+from grpo_launcher.runs import BEST, METRICS, STOPPED, checkpoints, point, read_metrics
 
 console = Console(highlight=False)
-COLUMNS = [  # metric, label, format
+
+# Figures of the console line: metric, label, format.
+GRPO_COLUMNS = [
     ("reward", "reward", "{:+.2f}"),
     ("completions/mean_length", "length", "{:.0f} tokens"),
     ("tools/call_frequency", "calls", "{:.2f}"),
@@ -24,118 +28,278 @@ COLUMNS = [  # metric, label, format
     ("entropy", "entropy", "{:.2f}"),
     ("step_time", "", "{:.1f} s"),
 ]
-TAUGHT = [("loss", "loss", "{:.3f}"), ("mean_token_accuracy", "right tokens", "{:.0%}"), ("grad_norm", "gradient norm", "{:.2f}")]  # of a supervised run
-SUMMARY = [
-    *("reward", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "grad_norm"),
-    *("tools/call_frequency", "tools/failure_frequency", "tools/turns", "tools/tokens"),  # where the recipe has tools
+SFT_COLUMNS = [
+    ("loss", "loss", "{:.3f}"),
+    ("mean_token_accuracy", "token accuracy", "{:.0%}"),
+    ("grad_norm", "gradient norm", "{:.2f}"),
 ]
+# Figures of the summary, behind the rewards.
+SUMMARY = ["reward", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "grad_norm"]
+SUMMARY += ["tools/call_frequency", "tools/failure_frequency", "tools/turns", "tools/tokens"]
 
 
 class RunLog(TrainerCallback):
-    """Writes metrics.jsonl, one line a logged step, and prints the console line. Acts on the main rank alone."""
+    """Append every logged line to metrics.jsonl and print one line a step, on the main rank alone.
 
-    def __init__(self, run: Path, taught: bool = False):
-        self.run, self.taught = run, taught  # taught: a supervised run, which has a loss in place of a reward
-        self.began = None
+    Args:
+        folder: the run's folder.
+        is_sft: the console line shows a loss in place of a reward.
+    """
+
+    def __init__(self, folder: Path, is_sft: bool = False):
+        self.folder, self.columns = folder, SFT_COLUMNS if is_sft else GRPO_COLUMNS
+        self.start_time, self.start_step = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """A resumed run goes on behind its checkpoint: lines of steps that will be trained again are taken out."""
+        """Drop the lines of steps behind the checkpoint that a run resumes from: they are trained again."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in read_metrics(self.run) if line["step"] <= state.global_step]
-        (self.run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.began = (time.monotonic(), state.global_step)
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= state.global_step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        (self.folder / METRICS).write_text(text, encoding="utf-8")
+        self.start_time, self.start_step = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write the line and print it."""
         if not state.is_world_process_zero or "train_runtime" in logs:
             return
-        with open(self.run / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **logs}) + "\n")
-        if "reward" in logs or ("loss" in logs and self.taught):
-            print(self._line(state, logs), flush=True)
+        line = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.columns[0][0] in logs:
+            print(self._step_line(state, logs), flush=True)
         elif "eval_reward" in logs or "eval_loss" in logs:
-            print(self._held_out(state, logs), flush=True)
+            print(f"evaluation at step {state.global_step}:  {_evaluation(logs)}", flush=True)
 
     def on_save(self, args, state, control, **kwargs):
-        """Keep the link to the best checkpoint where the recipe has a metric for it."""
+        """Point the link at the best checkpoint where the recipe has a metric for it."""
         if state.is_world_process_zero and state.best_model_checkpoint:
-            point(self.run / BEST, Path(state.best_model_checkpoint))
+            point(self.folder / BEST, Path(state.best_model_checkpoint))
 
-    def _line(self, state, logs) -> str:
-        columns = TAUGHT if self.taught else COLUMNS
-        shown = [f"{label} {form.format(logs[name])}".strip() for name, label, form in columns if logs.get(name) is not None]
-        began, first = self.began
-        left = (state.max_steps - state.global_step) * (time.monotonic() - began) / max(1, state.global_step - first)
+    def _step_line(self, state, logs: dict) -> str:
+        shown = [(label, form.format(logs[name])) for name, label, form in self.columns if logs.get(name) is not None]
+        figures = "  ".join(f"{label} {value}".strip() for label, value in shown)
+        seconds_per_step = (time.monotonic() - self.start_time) / max(1, state.global_step - self.start_step)
+        left = _clock((state.max_steps - state.global_step) * seconds_per_step)
         width = len(str(state.max_steps))
-        return f"step {state.global_step:>{width}}/{state.max_steps}  " + "  ".join(shown) + f"  {_clock(left)} left"
+        return f"step {state.global_step:>{width}}/{state.max_steps}  {figures}  {left} left"
 
-    @staticmethod
-    def _held_out(state, logs) -> str:
-        means = {name.split("/")[1]: value for name, value in logs.items() if name.startswith("eval_rewards/") and name.endswith("/mean")}
-        shown = {"reward": logs["eval_reward"], **means} if "eval_reward" in logs else {"loss": logs["eval_loss"]}
-        return f"held out at step {state.global_step}:  " + "  ".join(f"{name} {value:+.3f}" for name, value in shown.items() if value is not None)
+
+def _evaluation(logs: dict) -> str:
+    if "eval_reward" not in logs:
+        return f"loss {logs['eval_loss']:+.3f}"
+    figures = {"reward": logs["eval_reward"]}
+    for name, value in logs.items():
+        if name.startswith("eval_rewards/") and name.endswith("/mean"):
+            figures[name.split("/")[1]] = value
+    return "  ".join(f"{name} {value:+.3f}" for name, value in figures.items() if value is not None)
 
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def shorten(text: str, limit: int = 400) -> str:
-    """A text of at most about `limit` characters: its middle is left out."""
+    """Return a text of about `limit` characters at most, with its middle left out."""
     return text if len(text) <= limit else f"{text[: limit // 2]} […] {text[-limit // 2 :]}"
 
 
-def sample_printer(every: int) -> Callable:
-    """A function with the arguments of TRL's own print_prompt_completions_sample, which prints at the first and every `every`-th step.
-
-    It shows the best and the worst reply to the last prompt of the batch, with their rewards: a hacked reward must be seen.
-    """
-    printed = None
-
-    def print_sample(prompts, completions, rewards, advantages, step, num_samples=None, extra=None):
-        nonlocal printed
-        if not every or step == printed or (step != 1 and step % every):  # TRL logs the last step once more at the end
-            return
-        printed = step
-        group = [index for index, prompt in enumerate(prompts) if prompt == prompts[-1]]
-        order = sorted(group, key=lambda index: advantages[index])
-        asked = prompts[-1] if isinstance(prompts[-1], str) else prompts[-1][-1]["content"]
-        parts = [f"[dim]{escape(shorten(asked))}[/dim]"]
-        for label, index in {"worst": order[0], "best": order[-1]}.items():
-            scores = ", ".join(f"{name} {values[index]:.2f}" for name, values in rewards.items())
-            length = len(reply(completions[index]))
-            shown = escape(shorten(transcript(completions[index]), 800))
-            parts.append(f"[bold]{label} of {len(group)}[/bold] ({length} characters; {scores})\n{shown}")
-        console.print(Panel("\n\n".join(parts), title=f"sample at step {step}", title_align="left"))
-
-    return print_sample
+def print_sample(prompts, completions, rewards: dict[str, list], advantages: list[float], step: int) -> None:
+    """Print the best and the worst completion of the last group, with their rewards: a hacked reward must be seen."""
+    group = [index for index, prompt in enumerate(prompts) if prompt == prompts[-1]]
+    group.sort(key=lambda index: advantages[index])
+    parts = [f"[dim]{escape(shorten(last_user_text(prompts[-1])))}[/dim]"]
+    for label, index in (("worst", group[0]), ("best", group[-1])):
+        scores = ", ".join(f"{name} {values[index]:.2f}" for name, values in rewards.items())
+        length = len(last_reply(completions[index]))
+        text = escape(shorten(transcript(completions[index]), 800))
+        parts.append(f"[bold]{label} of {len(group)}[/bold] ({length} characters; {scores})\n{text}")
+    console.print(Panel("\n\n".join(parts), title=f"sample at step {step}", title_align="left"))
 
 
-def first_and_last(run: Path) -> list[tuple[str, float, float]]:
-    """Of every component of the reward and every figure that is watched: its name, its mean over the first three steps and over the last five."""
-    logged = read_metrics(run)
+def metric_changes(folder: Path) -> list[tuple[str, float, float]]:
+    """Return (metric, mean of the first three steps, mean of the last five) of all rewards and watched figures."""
+    logged = read_metrics(folder)
     lines = [line for line in logged if "reward" in line]
-    components = sorted(name for name in lines[-1] if name.startswith("rewards/") and name.endswith("/mean")) if lines else []
-    watched = [*components, *SUMMARY] if lines else [name for name, *_ in TAUGHT]
-    lines = lines or [line for line in logged if "loss" in line]
+    if lines:
+        rewards = {name for line in lines for name in line if name.startswith("rewards/") and name.endswith("/mean")}
+        names = [*sorted(rewards), *SUMMARY]
+    else:
+        lines = [line for line in logged if "loss" in line]
+        names = [name for name, *_ in SFT_COLUMNS]
     rows = []
-    for name in watched:
-        ends = [[line[name] for line in part if line.get(name) is not None] for part in (lines[:3], lines[-5:])]
-        if all(ends):
-            rows.append((name, *(sum(values) / len(values) for values in ends)))
+    for name in names:
+        first, last = ([line[name] for line in part if line.get(name) is not None] for part in (lines[:3], lines[-5:]))
+        if first and last:
+            rows.append((name, sum(first) / len(first), sum(last) / len(last)))
     return rows
 
 
-def print_summary(run: Path) -> None:
-    """A table of what changed between the first steps and the last."""
-    rows = first_and_last(run)
+def print_summary(folder: Path) -> None:
+    """Print a table of what changed between the first steps and the last."""
+    rows = metric_changes(folder)
     if not rows:
         return
-    print(f"{run}, {read_metrics(run)[-1]['step']} steps:")
-    table = Table()
-    for heading in ["mean of", "the first three", "the last five"]:
-        table.add_column(heading, justify="left" if heading == "mean of" else "right")
-    for name, *means in rows:
-        table.add_row(name, *(f"{mean:.4g}" for mean in means))
+    print(f"{folder}, {read_metrics(folder)[-1]['step']} steps:")
+    table = Table("mean of")
+    table.add_column("the first three", justify="right")
+    table.add_column("the last five", justify="right")
+    for name, first, last in rows:
+        table.add_row(name, f"{first:.4g}", f"{last:.4g}")
     console.print(table)
+
+
+FINITE = ("loss", "reward", "grad_norm", "kl")  # NaN or infinity in any of these stops a run at once
+FAILED_RATINGS = "failed_ratings"  # the largest rewards/NAME/failed; the other guards are metrics of metrics.jsonl
+GUARDS = {
+    "kl": {"max": 1.0, "steps": 3},  # nats per token; the one guard that stops a run
+    FAILED_RATINGS: {"max": 0.5, "steps": 5},
+    "grad_norm": {"max": 100.0, "steps": 3},
+    "entropy": {"min": 0.01, "steps": 5},
+    "completions/clipped_ratio": {"max": 0.95, "steps": 20},
+    "frac_reward_zero_std": {"max": 0.95, "steps": 20},
+}
+ADVICE = {
+    FAILED_RATINGS: "see in train.log why the reward gave no rating",
+    "grad_norm": "lower learning_rate or max_grad_norm",
+    "entropy": "the policy hardly varies any more: raise beta or temperature, or lower learning_rate",
+    "completions/clipped_ratio": "raise max_completion_length, or reward shorter completions",
+    "frac_reward_zero_std": "the rewards in a group are all equal: raise num_generations or temperature, "
+    "or take a reward with more than two values",
+}
+
+
+def guard_limits(given: dict | None, beta: float) -> dict[str, dict]:
+    """Merge the recipe's guards into the defaults: metric -> {"min" and/or "max", "steps"}; null switches one off.
+
+    Raises:
+        UserError: an unknown guard or bound, a bound that is no number, a KL guard with beta 0.
+    """
+    limits = dict(GUARDS)
+    for name, limit in (given or {}).items():
+        if name not in GUARDS:
+            raise UserError("guards", f"there is no guard {name!r}", did_you_mean(name, GUARDS))
+        if limit is None:
+            del limits[name]
+        elif _is_limit(limit):
+            limits[name] = {"steps": GUARDS[name]["steps"], **limit}
+        else:
+            problem = f"{name}: {limit!r} is no range"
+            raise UserError("guards", problem, "write {max: 1.0, steps: 3}, with min, max or both, and steps from 1")
+    if beta == 0 and (given or {}).get("kl"):
+        raise UserError("guards", "kl: with beta 0 no KL is measured", "set beta (0.04, say), or leave the guard out")
+    return limits
+
+
+def _is_limit(limit) -> bool:
+    if not isinstance(limit, dict) or not set(limit) <= {"min", "max", "steps"} or not {"min", "max"} & set(limit):
+        return False
+    return all(type(value) in (int, float) for value in limit.values()) and limit.get("steps", 1) >= 1
+
+
+class Guards(TrainerCallback):
+    """Stop a run whose figures are not finite or whose KL is out of range; warn once about any other figure.
+
+    At a stop the checkpoints whose weights made such a figure are renamed to diverged-checkpoint-STEP, so that neither
+    --resume nor a comparison takes them, and stopped.json says why: {why, step, checkpoint}.
+
+    Args:
+        folder: the run's folder.
+        limits: metric -> range, from `guard_limits`.
+        metric: a logged line with this metric is a training step.
+
+    Attributes:
+        stopped: the message of the stop, or None.
+    """
+
+    def __init__(self, folder: Path, limits: dict[str, dict], metric: str = "reward"):
+        self.folder, self.limits, self.metric = folder, limits, metric
+        self.steps_outside = dict.fromkeys(limits, 0)  # in a row
+        self.warned = set()
+        self.stopped = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forget the stop of a run that is resumed."""
+        if state.is_world_process_zero:
+            (self.folder / STOPPED).unlink(missing_ok=True)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Judge a training step."""
+        if self.metric not in logs or "train_runtime" in logs or self.stopped:
+            return
+        reasons = _not_finite(logs)
+        for name, limit in self.limits.items():
+            problem = _out_of_range(name, limit, logs)
+            self.steps_outside[name] = self.steps_outside[name] + 1 if problem else 0
+            if self.steps_outside[name] < limit["steps"]:
+                continue
+            message = f"{problem} for {limit['steps']} steps"
+            if name == "kl":
+                reasons.append(message)
+            elif name not in self.warned:
+                self.warned.add(name)
+                if state.is_world_process_zero:
+                    print(f"Warning: {message}. Fix: {ADVICE[name]}.", flush=True)
+        if reasons:
+            self._stop(args, state, control, logs, "; ".join(reasons))
+
+    def _stop(self, args, state, control, logs: dict, why: str) -> None:
+        control.should_training_stop = True
+        # The weights of this step are known to be bad: sampling from NaN crashes, and nobody resumes from them.
+        control.should_save = control.should_evaluate = False
+        self.stopped = f"Stopped by a guard at step {state.global_step}: {why}."
+        if not state.is_world_process_zero:
+            return
+        last_good = self._set_diverged_aside(args, state, logs)
+        if last_good:
+            self.stopped += f" The last checkpoint from inside the range: {last_good}."
+        else:
+            self.stopped += " No checkpoint is from inside the range."
+        record = {"why": why, "step": state.global_step, "checkpoint": last_good.name if last_good else None}
+        (self.folder / STOPPED).write_text(json.dumps(record), encoding="utf-8")
+        print(self.stopped, flush=True)
+
+    def _set_diverged_aside(self, args, state, logs: dict) -> Path | None:
+        """Rename the checkpoints from outside the range and return the last from inside.
+
+        Earlier excursions count too, also those before a resume. The weights of checkpoint-N make the figures of the
+        line that is logged next.
+        """
+        lines = [*read_metrics(self.folder), {"step": state.global_step, **logs}]
+        kl_limit = self.limits.get("kl", {})
+        bad_steps = {line["step"] for line in lines if _not_finite(line) or _out_of_range("kl", kl_limit, line)}
+        last_good = None
+        for folder in checkpoints(self.folder, args.world_size):
+            step = int(folder.name.split("-")[1])
+            if any(step < bad_step <= step + state.logging_steps for bad_step in bad_steps):
+                target = folder.with_name(f"diverged-{folder.name}")
+                shutil.rmtree(target, ignore_errors=True)  # of an earlier stop
+                folder.rename(target)
+            else:
+                last_good = folder
+        best = self.folder / BEST
+        if not best.exists():
+            best.unlink(missing_ok=True)  # it pointed at one of them
+        return last_good
+
+
+def _not_finite(logs: dict) -> list[str]:
+    return [f"{name} is {logs[name]}" for name in FINITE if not math.isfinite(logs.get(name) or 0)]
+
+
+def _out_of_range(name: str, limit: dict, logs: dict) -> str | None:
+    """Return what is wrong with a figure, or None."""
+    if name == FAILED_RATINGS:
+        shares = {key: value for key, value in logs.items() if key.startswith("rewards/") and key.endswith("/failed")}
+        name = max(shares, key=shares.get, default=name)
+    value = logs.get(name)
+    if value is None:
+        return None
+    if value > limit.get("max", math.inf):
+        return f"{name} is {value:.4g}, over {limit['max']}"
+    if value < limit.get("min", -math.inf):
+        return f"{name} is {value:.4g}, under {limit['min']}"
+    return None

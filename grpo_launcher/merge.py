@@ -1,6 +1,7 @@
-"""An adapter to start from: python -m grpo_launcher.merge ADAPTER merges it into its base, as ADAPTER/merged, once.
+"""Merge an adapter into its base, as ADAPTER/merged: python -m grpo_launcher.merge ADAPTER
 
-A run trains a whole model or a new adapter on one, and a vLLM server starts from a whole model: an adapter goes on as part of its base.
+A run trains a whole model or a new adapter on one, and a vLLM server loads a whole model. So a run that starts from an
+adapter starts from the merged model.
 """
 
 import shutil
@@ -8,51 +9,65 @@ import sys
 import tempfile
 from pathlib import Path
 
-ADAPTER = "adapter_config.json"
+from grpo_launcher.errors import EXIT_REFUSED, UserError, first_line
+
+ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged"
 
 
-def start(name: str) -> str:
-    """What a run loads for a model_name_or_path: of an adapter that was merged the folder with the two as one, of anything else the same."""
-    merged = Path(name) / MERGED
-    return str(merged) if (Path(name) / ADAPTER).exists() and merged.exists() and _newer(merged, Path(name)) else name
+def merged_path(name: str) -> str:
+    """Return what a run loads for `model_name_or_path`: the merged model of an adapter that has one, else `name`."""
+    adapter, merged = Path(name), Path(name) / MERGED
+    if not (adapter / ADAPTER_CONFIG).exists() or not merged.exists():
+        return name
+    newest = max((file.stat().st_mtime for file in adapter.glob("adapter_model.*")), default=0)
+    return str(merged) if merged.stat().st_mtime >= newest else name
 
 
-def needed(name: str) -> str | None:
-    """The adapter that has to be merged before a run can start from it, or None."""
-    return name if (Path(name) / ADAPTER).exists() and start(name) == name else None
+def needs_merge(name: str) -> str | None:
+    """Return `name` where it is an adapter that must be merged before a run can start from it, else None."""
+    is_adapter = (Path(name) / ADAPTER_CONFIG).exists()
+    return name if is_adapter and merged_path(name) == name else None
 
 
 def merge(adapter: Path) -> None:
-    """Write base and adapter as one model, with the adapter's tokenizer, into its own folder `merged`, which appears when it is whole."""
+    """Write base and adapter as one model, with the adapter's tokenizer. The folder appears when it is complete."""
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import AutoConfig, AutoTokenizer
 
     from grpo_launcher.seq2seq import model_class
 
-    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    model = model_class(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype="auto" if torch.cuda.is_available() else torch.float32)
+    base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    dtype = "auto" if torch.cuda.is_available() else torch.float32
+    base = model_class(AutoConfig.from_pretrained(base_name)).from_pretrained(base_name, dtype=dtype)
+    tokenizer_folder = adapter if (adapter / "tokenizer_config.json").exists() else base_name
     draft = Path(tempfile.mkdtemp(prefix=f".{MERGED}-", dir=adapter))
     try:
-        PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(draft)
-        AutoTokenizer.from_pretrained(adapter if (adapter / "tokenizer_config.json").exists() else base).save_pretrained(draft)
-        draft.chmod(0o755)
+        PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(draft)
+        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(draft)
+        draft.chmod(0o755)  # mkdtemp makes it readable for this user alone
         shutil.rmtree(adapter / MERGED, ignore_errors=True)
         draft.rename(adapter / MERGED)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _newer(merged: Path, adapter: Path) -> bool:
-    return merged.stat().st_mtime >= max((file.stat().st_mtime for file in adapter.glob("adapter_model.*")), default=0)
+def main(argv: list[str]) -> None:
+    """Merge the adapter that the command line names."""
+    if len(argv) != 1 or not (Path(argv[0]) / ADAPTER_CONFIG).exists():
+        raise UserError("ADAPTER", f"name one folder with {ADAPTER_CONFIG}", "python -m grpo_launcher.merge ADAPTER")
+    try:
+        merge(Path(argv[0]))
+    except (OSError, ValueError) as error:
+        problem = f"the adapter or its base cannot be read: {first_line(error)}"
+        raise UserError(argv[0], problem, "check base_model_name_or_path in adapter_config.json") from error
+    print(f"Wrote {argv[0]}/{MERGED}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / ADAPTER).exists():
-        sys.exit(f"usage: python -m grpo_launcher.merge ADAPTER, a folder with {ADAPTER}")
     try:
-        merge(Path(sys.argv[1]))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {sys.argv[1]}: the adapter or its base cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}")
-    print(f"Wrote {sys.argv[1]}/{MERGED}")
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_REFUSED)

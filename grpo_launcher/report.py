@@ -1,58 +1,74 @@
-"""Curves of runs, from their metrics.jsonl alone, also in mid-run: python -m grpo_launcher.report RUN [RUN …] [--output FILE]
+"""Curves and model card of a run.
 
-Several runs are drawn over one another. FILE ends in .png, .svg or .pdf; for one run it is by default its own curves.png.
+python -m grpo_launcher.report RUN [RUN ...] [--output FILE] draws metrics.jsonl, also while the run goes on. Several
+runs are drawn over one another. FILE ends in .png, .svg or .pdf. Default for one run: curves.png in its folder.
 """
 
 import argparse
 import itertools
+import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
+import pandas
+import yaml
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from grpo_launcher.runs import METRICS, label, read_metrics
+from grpo_launcher.messages import last_reply, last_user_text, words
+from grpo_launcher.runs import METRICS, label, load_run, read_metrics
 
-PANELS = {  # metric → title with unit
+PANELS = {  # metric -> title with unit, behind the rewards
     "completions/mean_length": "length (tokens)",
     "kl": "KL (nats per token)",
     "entropy": "entropy (nats per token)",
-    "completions/clipped_ratio": "replies cut off (share)",
+    "completions/clipped_ratio": "completions cut off (share)",
     "frac_reward_zero_std": "groups without variance (share)",
     "grad_norm": "gradient norm",
-    "tools/call_frequency": "tool calls a reply",
+    "tools/call_frequency": "tool calls per completion",
     "tools/failure_frequency": "failed calls (share)",
-    "tools/turns": "the model's turns a reply",
+    "tools/turns": "turns per completion",
     "tokens_per_second": "tokens per second",
 }
-TAUGHT = {"loss": "loss (nats per token)", "mean_token_accuracy": "right tokens (share)"}  # of a supervised run; a rewarded one's loss says nothing
-# Runs differ in dash, marker and lightness, so that they can be told apart without colour too.
-STYLES = list(zip(["black", "#d55e00", "#0072b2", "#56b4e9", "#999999"], ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1))], "osD^v", strict=True))
+SFT_PANELS = {"loss": "loss (nats per token)", "mean_token_accuracy": "token accuracy (share)"}
+# Runs differ in dash and marker too, so that they can be told apart without colour.
+STYLES = [
+    {"color": "black", "linestyle": "-", "marker": "o"},
+    {"color": "#d55e00", "linestyle": "--", "marker": "s"},
+    {"color": "#0072b2", "linestyle": "-.", "marker": "D"},
+    {"color": "#56b4e9", "linestyle": ":", "marker": "^"},
+    {"color": "#999999", "linestyle": (0, (6, 1, 1, 1, 1, 1)), "marker": "v"},
+]
 HELD_OUT = {"linestyle": (0, (1, 2)), "markerfacecolor": "white"}
+BAND = {"color": "0.88", "linewidth": 0}
 
 
 def figure(runs: list[Path]) -> Figure | None:
-    """One panel a figure that was logged, over the steps; None where nothing was logged yet.
+    """Draw one panel for each metric, over the steps; None where nothing was logged yet.
 
-    Held-out figures (eval_…) stand in the panel of their training figure. The replies' standard deviation is shaded where one run is drawn alone.
+    Held-out figures (eval_...) stand in the panel of their training figure. For one run alone the standard deviation
+    of the rewards is shaded.
     """
     names = [label(run) for run in runs]
-    curves = {name if names.count(name) == 1 else str(run): _curves(read_metrics(run)) for name, run in zip(names, runs, strict=True)}
-    panels = _panels(list(curves.values()))
+    names = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+    frames = [_metrics(run) for run in runs]
+    panels = _panels(frames)
     if not panels:
         return None
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    drawn = Figure(figsize=(3.7 * columns, 2.6 * rows + 0.5), layout="constrained")
-    axes = drawn.subplots(rows, columns, squeeze=False).flatten()
+    picture = Figure(figsize=(3.7 * columns, 2.6 * rows + 0.5), layout="constrained")
+    axes = picture.subplots(rows, columns, squeeze=False).flatten()
     for axis, (metric, title) in zip(axes, panels.items(), strict=False):
-        for curve, style in zip(curves.values(), itertools.cycle(STYLES)):
-            _line(axis, curve.get(metric), _look(style))
-            _line(axis, curve.get(f"eval_{metric}"), _look(style, **HELD_OUT))
-            if len(runs) == 1 and metric.startswith("reward"):
-                _band(axis, curve.get(metric), curve.get("reward_std" if metric == "reward" else metric.replace("/mean", "/std")))
+        for frame, style in zip(frames, itertools.cycle(STYLES)):
+            _draw(axis, frame, metric, style)
+            _draw(axis, frame, f"eval_{metric}", {**style, **HELD_OUT})
+        if len(runs) == 1 and metric.startswith("reward"):
+            _shade(axis, frames[0], metric, "reward_std" if metric == "reward" else metric.replace("/mean", "/std"))
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -62,90 +78,249 @@ def figure(runs: list[Path]) -> Figure | None:
             axis.set_ylim(-0.003, max(1.05 * axis.dataLim.y1, 0.1))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    drawn.legend(handles=_legend(curves), loc="outside upper center", ncols=4, frameon=False, fontsize="small")
-    return drawn
+    handles = [Line2D([], [], label=name, **style) for name, style in zip(names, itertools.cycle(STYLES))]
+    if any(name.startswith("eval_") for frame in frames for name in frame):
+        handles.append(Line2D([], [], label="held out", **{**STYLES[0], **HELD_OUT}))
+    if len(runs) == 1 and "reward_std" in frames[0]:
+        handles.append(Patch(label="± one standard deviation of the completions", **BAND))
+    picture.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    return picture
 
 
 def plot_run(run: Path) -> Path | None:
-    """Draw a run into its own curves.png and curves.svg, over those that were there; None where nothing was logged yet."""
-    drawn = figure([run])
-    if drawn is None:
+    """Draw a run into its own curves.png and curves.svg; None where nothing was logged yet."""
+    picture = figure([run])
+    if picture is None:
         return None
-    for ending in ("svg", "png"):
-        drawn.savefig(run / f"curves.{ending}", dpi=100)
+    picture.savefig(run / "curves.svg")
+    picture.savefig(run / "curves.png", dpi=100)
     return run / "curves.png"
 
 
-def _curves(lines: list[dict]) -> dict[str, tuple[list, list]]:
-    """Every metric's steps and values, oldest first, and the tokens per second."""
-    curves, tokens, seconds, last = {}, 0, 0.0, 0
-    for line in lines:
-        if line.get("step_time") is not None and line.get("num_tokens") is not None:
-            seconds += line["step_time"] * (line["step"] - last)  # a line holds the mean over the steps since the one before
-            last = line["step"]
-            if line["num_tokens"] > tokens:  # it rises where replies are drawn, which need not be at every step
-                line["tokens_per_second"] = (line["num_tokens"] - tokens) / seconds
-                tokens, seconds = line["num_tokens"], 0.0
-        for name, value in line.items():
-            if isinstance(value, int | float):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(line["step"])
-                values.append(value)
-    return curves
+def _metrics(run: Path) -> pandas.DataFrame:
+    """Return the logged lines as rows, with `tokens_per_second`."""
+    frame = pandas.DataFrame(read_metrics(run))
+    if not {"step_time", "num_tokens"} <= set(frame):
+        return frame
+    train = frame[["step", "step_time", "num_tokens"]].dropna()
+    # step_time is a mean over the steps since the line before; tokens rise only at steps that generate.
+    seconds = (train.step_time * train.step.diff().fillna(train.step)).cumsum()
+    generated = train.num_tokens.diff().fillna(train.num_tokens)
+    seconds = seconds[generated > 0]
+    frame["tokens_per_second"] = generated[generated > 0] / seconds.diff().fillna(seconds)
+    return frame
 
 
-def _panels(curves: list[dict]) -> dict[str, str]:
-    """Metric → title of the panels that have something to show. A single reward that is the whole reward gets no second panel."""
-    logged = set().union(*curves)
-    rewards = sorted(name for name in logged if name.startswith("rewards/") and name.endswith("/mean"))
-    if len(rewards) == 1 and all(curve.get(rewards[0]) == curve.get("reward") for curve in curves):
+def _panels(frames: list[pandas.DataFrame]) -> dict[str, str]:
+    """Return metric -> title of what was logged. A single reward that is the whole reward gets one panel."""
+    logged = {name for frame in frames for name in frame}
+    rewards = sorted(name for name in logged if re.fullmatch("rewards/[^/]+/mean", name))
+    titles = {"reward": "reward (weighted sum)"} | {name: name.split("/")[1] for name in rewards}
+    if len(rewards) == 1 and all(rewards[0] in frame and frame[rewards[0]].equals(frame.reward) for frame in frames):
         titles = {"reward": f"reward ({rewards[0].split('/')[1]})"}
-    else:
-        titles = {"reward": "reward (weighted sum)"} | {name: name.split("/")[1] for name in rewards}
-    titles = titles if {"reward", "eval_reward"} & logged else TAUGHT
+    if not {"reward", "eval_reward"} & logged:
+        titles = SFT_PANELS  # the loss of GRPO means nothing
     return {metric: title for metric, title in (titles | PANELS).items() if {metric, f"eval_{metric}"} & logged}
 
 
-def _look(style: tuple, **changes) -> dict:
-    return dict(zip(["color", "linestyle", "marker"], style, strict=True)) | {"markersize": 3.5} | changes
+def _draw(axis, frame: pandas.DataFrame, metric: str, style: dict) -> None:
+    if metric in frame:
+        values = frame.set_index("step")[metric].dropna()
+        axis.plot(values, **style, markersize=3.5, markevery=max(1, len(values) // 20), linewidth=1.2)
 
 
-def _line(axis, curve, look: dict) -> None:
-    if curve:
-        axis.plot(*curve, **look, markevery=max(1, len(curve[0]) // 20), linewidth=1.2)
+def _shade(axis, frame: pandas.DataFrame, metric: str, spread: str) -> None:
+    if {metric, spread} <= set(frame):
+        rows = frame.dropna(subset=[metric, spread])
+        axis.fill_between(rows.step, rows[metric] - rows[spread], rows[metric] + rows[spread], **BAND)
 
 
-def _band(axis, curve, spread) -> None:
-    if curve and spread and spread[0] == curve[0]:
-        low, high = ([v + sign * s for v, s in zip(curve[1], spread[1], strict=True)] for sign in (-1, 1))
-        axis.fill_between(curve[0], low, high, color="0.88", linewidth=0)
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+`{{ base }}`, {% if is_grpo %}trained with [GRPO](https://huggingface.co/docs/trl/grpo_trainer) on the prompts of
+{%- else %}fine-tuned (SFT) on the references of{% endif %} `{{ dataset }}`.
+
+## What changed
+
+| mean of | the first three steps | the last five |
+|---|---|---|
+{% for metric, first, last in changes -%}
+| {{ metric }} | {{ "%.4g"|format(first) }} | {{ "%.4g"|format(last) }} |
+{% endfor %}
+{% if curves %}![curves of the run](curves.png)
+
+{% endif %}{% if samples %}## Samples
+
+Completions of the training, each the middle one of its group by reward.
+{% for sample in samples %}
+Prompt in step {{ sample.step }}:
+
+{{ sample.prompt }}
+
+Completion, {{ sample.length }} characters:
+
+{{ sample.completion }}
+{% endfor %}
+{% endif %}## Use
+
+```python
+from transformers import AutoModelFor{{ model_kind }}, AutoTokenizer
+
+model = AutoModelFor{{ model_kind }}.from_pretrained("{{ location }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ location }}")
+{% if messages %}messages = {{ messages }}
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+{% else %}inputs = tokenizer("...", return_tensors="pt")
+{% endif %}output = model.generate(**inputs, max_new_tokens={{ values.max_completion_length }}, num_beams=1)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+{% if is_adapter %}This is an adapter on `{{ base }}`. To merge the two into a plain model:
+
+```python
+from peft import AutoPeftModelFor{{ model_kind }}
+
+AutoPeftModelFor{{ model_kind }}.from_pretrained("{{ location }}").merge_and_unload().save_pretrained("merged")
+```
+
+{% endif %}## Recipe
+
+{{ recipe }}
+
+Other fields have the default of TRL's `{% if is_grpo %}GRPO{% else %}SFT{% endif %}Config` and `ModelConfig`.
+Made with {{ versions }}.
+"""
+# Fields that the card shows elsewhere, or that concern this machine alone.
+HIDDEN_FIELDS = re.compile(
+    "hub_|vllm_|model_name|dataset_|(output_dir|run_name|prepare|use_cpu|push_to_hub|weight_sync|sample_every|report_to)$"
+)
 
 
-def _legend(curves: dict[str, dict]) -> list:
-    handles = [Line2D([], [], label=name, **_look(style)) for name, style in zip(curves, itertools.cycle(STYLES))]
-    if any(name.startswith("eval_") for curve in curves.values() for name in curve):
-        handles.append(Line2D([], [], label="held out", **_look(STYLES[0], **HELD_OUT)))
-    if ["reward_std" in curve for curve in curves.values()] == [True]:
-        handles.append(Patch(color="0.88", label="± one standard deviation of the replies"))
-    return handles
+def write_card(folder: Path, hub_id: str | None = None) -> None:
+    """Write README.md and curves.png into a final checkpoint, and draw the run's own curves. Reads the run's folder.
+
+    Args:
+        folder: the final checkpoint, in its run's folder.
+        hub_id: its name on the Hub, where it is pushed. No path of this machine gets into the card.
+    """
+    # Imported here so that curves are drawn without torch and transformers.
+    from huggingface_hub import ModelCard, ModelCardData
+
+    from grpo_launcher.callbacks import metric_changes
+    from grpo_launcher.seq2seq import is_seq2seq_checkpoint
+
+    run = load_run(folder.parent)
+    curves = plot_run(run.folder)
+    if curves:
+        shutil.copy(curves, folder)
+    base, dataset = run.values["model_name_or_path"], run.values["dataset_name"]
+    is_adapter, is_seq2seq = (folder / "adapter_config.json").exists(), is_seq2seq_checkpoint(folder)
+    samples, is_chat = _samples(run.folder / "completions")
+    messages = [{"role": "user", "content": "..."}]
+    if run.system_prompt:
+        messages.insert(0, {"role": "system", "content": run.system_prompt})
+    recipe = {name: _public(run.values[name]) for name in run.given if not HIDDEN_FIELDS.match(name)}
+    card_data = ModelCardData(
+        base_model=base if _is_hub_id(base) else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if _is_hub_id(base) else None,
+        datasets=[dataset] if _is_hub_id(dataset) else None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="summarization" if is_seq2seq else "text-generation",
+        tags=["trl", run.values["method"], *(["lora"] if is_adapter else [])],
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_str=CARD,
+        name=hub_id or label(run.folder),
+        base=_public(base),
+        dataset=_public(dataset),
+        values=run.values,
+        is_grpo=run.values["method"] == "grpo",
+        is_adapter=is_adapter,
+        changes=metric_changes(run.folder),
+        curves=curves,
+        samples=samples,
+        model_kind="Seq2SeqLM" if is_seq2seq else "CausalLM",
+        location=hub_id or _public(str(folder)),
+        messages=json.dumps(messages, ensure_ascii=False) if is_chat and not is_seq2seq else None,
+        recipe=_fenced(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "yaml"),
+        versions=", ".join(f"{name} {version}" for name, version in run.versions.items()),
+    )
+    card.save(folder / "README.md")
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _public(value):
+    """Return a value without folders of this machine: of an absolute path the last part."""
+    if isinstance(value, dict):
+        return {key: _public(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_public(part) for part in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..", "file:")) else value
+
+
+def _samples(folder: Path) -> tuple[list[dict], bool]:
+    """Return a typical completion of the first and of the last step, and whether prompts are chat messages.
+
+    Of both steps those two prompts are taken that have most words in common.
+    """
+    files = sorted(folder.glob("*.parquet"))
+    if not files:
+        return [], True
+    steps = [pandas.read_parquet(file) for file in (files[0], files[-1])]
+    for step in steps:
+        step["text"] = step.prompt.map(last_user_text)
+    pairs = itertools.product(*(step.text.unique()[:32] for step in steps))
+    samples = []
+    for step, text in zip(steps, max(pairs, key=_word_overlap), strict=True):
+        group = step[step.text == text].sort_values("advantage", kind="stable")
+        row = group.iloc[len(group) // 2]
+        completion = last_reply(row.completion)
+        sample = {"prompt": _fenced(text[:400]), "completion": _fenced(completion[:800]), "length": len(completion)}
+        samples.append({"step": row.step, **sample})
+    return samples, not isinstance(row.prompt, str)
+
+
+def _word_overlap(texts: tuple[str, str]) -> float:
+    first, last = (set(words(text)) for text in texts)
+    return len(first & last) / max(1, len(first | last))
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    """Put a text into a code block that nothing in it can end."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def main(argv: list[str]) -> None:
-    """Draw what the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m grpo_launcher.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as trainOutput/quickstart/1 or …/latest")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="picture to write; its ending says of which kind (needed for several runs)")
+    """Draw the curves that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_launcher.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder: trainOutput/quickstart/1")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="picture to write, needed for several runs")
     parser.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
     args = parser.parse_args(argv)
     output = args.output or args.runs[0] / "curves.png"
     if not args.output and len(args.runs) > 1:
         parser.error("--output FILE is needed for several runs")
-    if empty := [run for run in args.runs if figure([run]) is None]:
-        parser.error(f"{empty[0] / METRICS} is not there or holds no step yet; name a run's folder, such as trainOutput/quickstart/1")
-    if output.exists() and not args.overwrite:
-        parser.error(f"{output} exists; add --overwrite to replace it, or name another --output")
     if output.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--output {output}: the ending must be .png, .svg or .pdf")
+    if output.exists() and not args.overwrite:
+        parser.error(f"{output} exists; add --overwrite to replace it, or name another --output")
+    for run in args.runs:
+        if figure([run]) is None:
+            parser.error(f"{run / METRICS} is not there or holds no step yet; name a run: trainOutput/quickstart/1")
     figure(args.runs).savefig(output, dpi=100)
     print(f"Wrote {output}")
 

@@ -1,4 +1,4 @@
-"""Weights from trainer to vLLM server as one file in shared memory, where NCCL cannot connect the two."""
+"""Weights from trainer to vLLM server as one file in shared memory, for CPUs and where NCCL cannot connect the two."""
 
 import os
 import shutil
@@ -11,19 +11,23 @@ from trl.generation.vllm_client import VLLMClient
 
 
 class DiskSyncClient(VLLMClient):
-    """TRL's client with the NCCL group replaced by a folder: one file written, one request to read it, a sync.
+    """TRL's client with a folder in place of the NCCL group: a sync is one file and one request to read it.
 
-    The server must run on this machine with `--worker-extension-cls grpo_launcher.weight_sync_worker.DiskSyncWorker`. The largest sync
-    takes the model's size in shared memory for a moment; nothing stays. GRPO_SHARED_MEMORY names another folder: the launcher's own,
-    which it removes even where the trainer was killed in mid-sync.
+    The server runs on the same machine, with `--worker-extension-cls grpo_launcher.weight_sync_worker.DiskSyncWorker`.
+    A sync takes the model's size in shared memory for a moment. GRPO_SHARED_MEMORY names another folder: the
+    launcher's own, which it removes even where the trainer was killed during a sync.
     """
 
     def init_communicator(self, device: torch.device | str | int = 0):
-        """Nothing to connect: every sync stands alone."""
+        """Connect nothing. Overrides VLLMClient.init_communicator, which refuses every device but CUDA."""
 
     def update_named_params(self, metadata, named_params):
-        """Write the (name, tensor) pairs to a file and have every worker of the server load it."""
-        folder = Path(tempfile.mkdtemp(prefix="grpo-weights-", dir=os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")))
+        """Write the (name, tensor) pairs to a file and let every worker of the server load it.
+
+        Overrides VLLMClient.update_named_params, which broadcasts over NCCL.
+        """
+        shared_memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
+        folder = Path(tempfile.mkdtemp(prefix="grpo-weights-", dir=shared_memory))
         try:
             weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_params}
             save_file(weights, folder / "model.safetensors")

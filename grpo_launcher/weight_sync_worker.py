@@ -1,16 +1,16 @@
-"""What a vLLM server's workers take in to read new weights from a folder. Imports no trl: the workers need none."""
+"""The worker's side of weight_sync.py, loaded by the vLLM server. Imports neither trl nor transformers."""
 
 import torch
 
 
 class DiskSyncWorker:
-    """A vLLM worker extension (--worker-extension-cls) with one method for `/collective_rpc`."""
+    """A vLLM worker extension (`--worker-extension-cls`) with one method for `/collective_rpc`."""
 
     def load_weights_from(self, path: str) -> None:
         """Replace the model's weights by the safetensors files in the folder `path`.
 
-        On a CPU vLLM packs each matrix anew when it loads it, but a head that is tied to the embeddings keeps its old packing
-        and would go on answering with stale weights; it is packed again here.
+        On a CPU vLLM packs each matrix when it loads it. A head that is tied to the embeddings keeps its old packing,
+        and would go on generating with stale weights, so it is packed again here.
         """
         self.model_runner.reload_weights(weights_path=path)
         model = self.model_runner.get_model()
