@@ -1,293 +1,246 @@
-"""Hold a reward function against what a run asks of it: generated batches, passed as TRL passes them. For `python -m grpo_launcher.rewards_command`.
+"""List the rewards of this project, try one on a text, and check one of your own before a run depends on it.
 
-FAIL is what would end or spoil a run on chat rows, this project's own kind; what matters only with plain-text rows or with tools
-is a warning, and so is what is merely slow or odd.
+  python -m grpo_launcher.reward_check list
+  python -m grpo_launcher.reward_check try length_reward "The cat sat on the mat." --target 60
+  python -m grpo_launcher.reward_check check my_reward.py:questions --column gold=42
+
+NAME is file.py:function, package.module.function, or the function's name alone for one in `list`. Its options are
+flags, as --target above. `check` calls it as TRL does, on 5 completions of 2 prompts, as chat messages, as plain text
+and with tool calls. FAIL means that a run would stop or learn nothing (exit status 1); warn means: look at it.
 """
 
-import asyncio
-import copy
+import argparse
+import importlib
 import inspect
+import json
 import math
-import numbers
 import os
+import pkgutil
 import re
-import signal
-import time
+import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from types import SimpleNamespace
 
-import torch
-from transformers import TrainerState
+from grpo_launcher.errors import UserError, did_you_mean, first_line
 
-from grpo_launcher import plugins as bind
-from grpo_launcher.config import Recipe, RecipeError
-
-PROMPTS = ("What did the cat do last night?", "How high is the moon?")
-REPLIES = (
-    "The cat sat on the mat and looked at the moon for an hour.",
-    "No.",
-    "It is 384,400 km away.\n\n- far\n- far away\n\nThe answer is 42 (and 8/10).",
-    "Every night the cat climbs onto the roof, waits until the moon is up, and comes down only when it hears the milk. " * 2,
+# (prompt, completion): several completions of a prompt, a short, an empty and an odd one.
+ROWS = (
+    ("What did the cat do last night?", "The cat sat on the mat and looked at the moon for an hour. Then it slept."),
+    ("What did the cat do last night?", "No."),
+    ("What did the cat do last night?", ""),
+    ("How high is the moon?", "今天天气很好 🙂👩‍👧 שלום e\u0301\x00\u202e\ufffd\n"),
+    ("How high is the moon?", "Far? Yes! It is 384,400 km away.\n\n- far\n- far away\n\nThe answer is 42 (and 8/10)."),
 )
-ODD_TEXTS = ("今天天气很好，我们去公园。分数8分", "🙂👩‍👩‍👧🏽", "e\u0301\u0323a\u0308", "שלום, عالم", "\x00\x07\u202e\u200b\ufffd", " \n\t ")
-LIKE_A_REFERENCE = re.compile("reference|answer|gold|target|label|solution|summary|truth")
-REFERENCES = ("The cat looked at the moon.", "The moon is 384,400 km away.")
-READ = "A chat completion is a list of messages, with tools several: read it with grpo_launcher.messages.reply(completion)."
-NUMBERS = "Return a list with one float (or None) a completion."
-LONG = 100_000  # characters
-LIMIT_S = 120  # for one call; TRL has no limit, the other ranks give up after 1800 s
-SLOW_MS = 10  # a completion
-CASES = ["kinds", "steadiness", "formats", "two_prompts", "empty_reply", "unicode", "very_long_reply", "tool_messages", "inputs", "speed"]
+TOOL_CALL = {"type": "function", "function": {"name": "search", "arguments": {"query": "moon"}}}
+TOOL_TURNS = [
+    {"role": "assistant", "content": "", "tool_calls": [TOOL_CALL]},
+    {"role": "tool", "name": "search", "content": "The moon is 384,400 km away."},
+]
+# How rows look, and how serious it is when a reward cannot score such rows: our datasets hold chat messages.
+FORMATS = {
+    "chat": (lambda prompt, text: (_user(prompt), _assistant(text)), "FAIL"),
+    "text": (lambda prompt, text: (prompt, text), "warn"),
+    "tools": (lambda prompt, text: (_user(prompt), TOOL_TURNS + _assistant(text)), "warn"),
+}
+READ = "a chat completion is a list of messages: read it with grpo_launcher.messages.last_reply"
+OWN_FLAGS = {"--help", "--prompt", "--column"}
 
 
-class Row(NamedTuple):
-    """One line of the table."""
+def library() -> dict[str, Callable]:
+    """Return the rewards and measures of the package `rewards` by dotted name."""
+    import rewards
 
-    case: str
-    seen: str
-    verdict: str = "ok"
-    remedy: str = ""
-
-
-class Fault(Exception):
-    """A batch that the reward could not be scored on."""
-
-    def __init__(self, seen: str, remedy: str):
-        self.seen, self.remedy = seen, remedy
-
-
-def load(name: str, options: dict) -> Callable:
-    """The reward with its options bound, by the code and in the words of a run. Raises RecipeError."""
-    if "/" in name:
-        raise RecipeError(f"{name}: a reward model is loaded by TRL when the run begins; only functions can be tried before.")
-    function = bind.find(name)
-    if not inspect.isfunction(function):
-        raise RecipeError(f"{name}: write a function (def {name.rpartition('.')[2]}(completions, **columns)), not a {type(function).__name__}.")
-    return bind.load_rewards(Recipe(reward_funcs=[name], reward_kwargs={function.__name__: options} if options else None))[0]
-
-
-def where(error: Exception) -> str:
-    """'file:line: Type: text', the line being the innermost one in the reward's own file; without file where it raised nothing itself."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [index for index, frame in enumerate(frames) if frame.filename == bind.__file__]
-    inside = frames[ours[-1] + 1 :] if ours else frames
-    what = f"{type(error).__name__}: {error}"
-    if not inside:
-        return what
-    frame = [frame for frame in inside if frame.filename == inside[0].filename][-1]
-    return f"{frame.filename.removeprefix(os.getcwd() + os.sep)}:{frame.lineno}: {what}"
-
-
-def call(reward: Callable, batch: dict, runner: asyncio.Runner, logged: list) -> list:
-    """Scores of one call as TRL makes it, by keyword and on one loop; what the reward logs goes into `logged`. Raises what it raises."""
-    signal.signal(signal.SIGALRM, _late)
-    signal.alarm(LIMIT_S)
-    try:
-        logs = {"log_extra": lambda column, values: logged.append((column, values)), "log_metric": lambda name, value: logged.append((name, value))}
-        scores = reward(**batch, trainer_state=TrainerState(), **logs)
-        return runner.run(scores) if inspect.iscoroutine(scores) else scores
-    finally:
-        signal.alarm(0)
-
-
-def _late(*_):
-    raise TimeoutError(f"no answer within {LIMIT_S} s")
-
-
-def check(names: list[str], options: dict, columns: dict[str, list]) -> dict[str, list[Row]]:
-    """Rows of findings, by reward. columns: name → one value, or two for the two prompts. Raises RecipeError for what cannot be looked at."""
     found = {}
-    for name in names:
-        try:
-            with asyncio.Runner() as runner:
-                found[name] = _Check(load(name, options), columns, runner).rows()
-        except RecipeError as error:
-            if "must end in **columns" not in str(error):
-                raise
-            found[name] = [Row("keywords", str(error), "FAIL", "def NAME(completions, **columns):")]
-    try:
-        bind.load_rewards(Recipe(reward_funcs=names))
-    except RecipeError as error:
-        if "two rewards are called" in str(error):
-            found["together"] = [Row("names", str(error), "FAIL")]
+    for module in pkgutil.iter_modules(rewards.__path__, "rewards."):
+        for name, function in vars(importlib.import_module(module.name)).items():
+            is_own = inspect.isfunction(function) and function.__module__ == module.name and name[0] != "_"
+            if is_own and "completions" in inspect.signature(function).parameters:
+                found[f"{module.name}.{name}"] = function
     return found
 
 
-class _Check:
-    """The cases for one reward. Each is a method that yields rows and raises Fault where the reward has no answer."""
+def show_list() -> None:
+    """Print name, purpose, columns and options of every reward of this project."""
+    from grpo_launcher.plugins import required_columns
 
-    def __init__(self, reward: Callable, columns: dict[str, list], runner: asyncio.Runner):
-        self.reward, self.runner = reward, runner
-        self.filled = {name: REFERENCES if LIKE_A_REFERENCE.search(name) else ("x", "y") for name in bind.needs(reward) if name not in columns}
-        # One column that no reward knows: a dataset has more of them than a reward asks for.
-        self.columns = {"another_column": ("x", "y"), **self.filled, **{name: (values[0], values[-1]) for name, values in columns.items()}}
-        self.scores = {}  # of REPLIES, as chat (True) and as text (False)
-        self.chat = self.steady = True
+    for name, function in library().items():
+        parameters = inspect.signature(function).parameters.values()
+        options = [f"{p.name}={p.default!r}" for p in parameters if p.kind is p.KEYWORD_ONLY]
+        print(f"{name}\n    {inspect.getdoc(function).splitlines()[0]}")
+        for title, listed in (("columns", required_columns(function)), ("options", options)):
+            if listed:
+                print(f"    {title}: {', '.join(listed)}")
 
-    def rows(self) -> list[Row]:
-        rows = [*self.signature()]
-        if any(row.verdict == "FAIL" for row in rows):
-            return rows
-        for chat in (True, False):
-            try:
-                self.scores[chat], _ = self.score(self.batch(REPLIES, chat))
-            except Fault as fault:
-                verdict, note = ("warn", " (matters with plain-text rows)") if self.scores else ("FAIL", "")
-                rows.append(Row("chat batch" if chat else "plain batch", fault.seen + note, verdict, fault.remedy))
-        self.chat = True in self.scores
-        if not self.scores:
-            return rows  # the other cases would say the same
-        for case in CASES:
-            try:
-                rows += getattr(self, case)()
-            except Fault as fault:
-                # A reward that never sees a tool may well read the only message that there is.
-                verdict, note = ("warn", " (matters with tools)") if case == "tool_messages" else ("FAIL", "")
-                rows.append(Row(case.replace("_", " "), fault.seen + note, verdict, fault.remedy))
-        return rows
 
-    def signature(self) -> Iterator[Row]:
-        if inspect.iscoroutinefunction(self.reward):
-            yield Row("async", "awaited together with the other async rewards, after the ordinary ones")
-        for name, values in self.filled.items():
-            remedy = f"Check with its real content: --column {name}=VALUE. In a run the dataset must have a column {name}."
-            yield Row("columns", f"needs `{name}`, filled here with {values[0]!r}", "ok" if values is REFERENCES else "warn", remedy)
-        if hasattr(self.reward, "ready"):
+def load(names: list[str], options: dict, columns: dict[str, list]) -> list[Callable]:
+    """Bind rewards as a run does.
+
+    Raises:
+        UserError: unknown name or option, a column that is not given, a service that is not there.
+    """
+    from grpo_launcher import plugins
+
+    known = {dotted.rpartition(".")[2]: dotted for dotted in library()}
+    for name in names:
+        if name not in known and not re.search(r"[.:/]", name):
+            raise UserError("NAME", f"there is no reward {name}", did_you_mean(name, known))
+        if plugins.is_reward_model(name):
+            raise UserError(
+                "NAME", f"{name} is a reward model", "try it in a run: TRL loads it. Only functions can be tried"
+            )
+    functions = [re.split(r"[.:]", name)[-1] for name in names]
+    reward_kwargs = {function: options for function in functions if options}
+    loaded = plugins.load_rewards([known.get(name, name) for name in names], reward_kwargs)
+    for name, reward in zip(names, loaded, strict=True):
+        for column in plugins.required_columns(reward):
+            if column not in columns:
+                raise UserError("--column", f"{name} needs the column {column}", f"add --column {column}=VALUE")
+        if hasattr(reward, "ready"):
             try:
-                self.reward.ready()
+                reward.ready()
             except ValueError as error:
-                yield Row("ready", str(error), "FAIL", "A run would not start.")
+                raise UserError(name, first_line(error)) from error
+    return loaded
 
-    def kinds(self) -> Iterator[Row]:
-        scores = self.scores[self.chat]
-        case = "chat batch" if self.chat else "plain batch"
-        odd = {type(score).__name__ for score in scores if score is not None and (isinstance(score, bool) or not isinstance(score, numbers.Real))}
-        seen, advice = _show(scores) + (" (None counts as failed)" if None in scores else ""), ()
-        if all(score is None for score in scores):
-            advice = ("warn", "None for every reply: where it asks a server, is that one up?")
-        elif odd:
-            advice = ("warn", f"Return plain floats, no {', '.join(odd)}, so that sums and the log are what you mean.")
-        yield Row(case, seen, *advice)
 
-    def steadiness(self) -> Iterator[Row]:
-        scores = [self.scores[self.chat], self.score(self.batch(REPLIES))[0]]
-        self.steady = _same(*scores)  # what follows compares scores only then
-        noise = (" then ".join(map(_show, scores)), "warn", "Noise is nothing that the policy can learn: fix the seed, or temperature 0.")
-        yield Row("same batch twice", *(("same scores",) if self.steady else noise))
+def score(reward: Callable, rows: list[tuple[str, str]], columns: dict[str, list], format: str, logged=None) -> list:
+    """Return the scores of one call as TRL makes it. A column with two values has the second for the second prompt."""
+    import asyncio
 
-    def formats(self) -> Iterator[Row]:
-        if len(self.scores) < 2:
-            return
-        chat, text = self.scores[True], self.scores[False]
-        if self.steady and not _same(chat, text):
-            blind = len(set(map(str, chat))) == 1  # it tells no chat reply from another: nothing would be learned
-            yield Row("plain batch", f"{_show(text)}; the same replies as chat: {_show(chat)}", "FAIL" if blind else "warn", READ)
-        else:
-            yield Row("plain batch", _show(text))
+    pairs = [FORMATS[format][0](*row) for row in rows]
+    batch = {"prompts": [prompt for prompt, _ in pairs], "completions": [completion for _, completion in pairs]}
+    batch["completion_ids"] = [list(text.encode()) for _, text in rows]
+    for name, values in columns.items():
+        batch[name] = [values[0] if prompt == ROWS[0][0] else values[-1] for prompt, _ in rows]
+    logged = [] if logged is None else logged
+    state = SimpleNamespace(epoch=0.0, global_step=0, max_steps=100, log_history=[])
 
-    def two_prompts(self) -> Iterator[Row]:
-        one, two = self.batch(REPLIES), self.batch(REPLIES, second=True)
-        both = self.score({key: one[key] + two[key] for key in one})[0]
-        apart = self.score(one)[0] + self.score(two)[0]
-        advice = ()
-        if self.steady and not _same(both, apart):
-            advice = ("warn", f"Alone each half gets {_show(apart)}: use each reply's own row, zip(completions, column), and no reply of another prompt.")
-        yield Row("two prompts", _show(both), *advice)
+    def log(name, value):
+        logged.append(f"logged {name}: {value}")
 
-    def empty_reply(self) -> Iterator[Row]:
-        yield Row("empty reply", _show(self.score(self.batch(["", REPLIES[0]]))[0][:1]))
+    scores = reward(**batch, trainer_state=state, log_extra=log, log_metric=log)
+    return asyncio.run(scores) if inspect.iscoroutine(scores) else scores
 
-    def unicode(self) -> Iterator[Row]:
-        yield Row("unicode", _show(self.score(self.batch(ODD_TEXTS))[0]))
 
-    def very_long_reply(self) -> Iterator[Row]:
-        scores, seconds = self.score(self.batch(["".join(f"word{n % 977} " for n in range(LONG))[:LONG]]))
-        seen = f"{_show(scores)}, in {seconds:.1f} s for {LONG:,} characters"
-        advice = ("warn", "The other ranks wait: read no more of a reply than you need, reply[:10_000].") if seconds > 1 else ()
-        yield Row("very long reply", seen, *advice)
-
-    def tool_messages(self) -> Iterator[Row]:
-        if not self.chat:
-            return
-        calls = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "search", "arguments": {"query": "moon"}}}]}
-        result = {"role": "tool", "name": "search", "content": "The moon is 384,400 km away."}
-        answer = {"role": "assistant", "content": REPLIES[0]}
-        scores, _ = self.score(self.batch([[calls, result, answer], [calls, result, {**calls, "content": None}], [answer]]))
-        seen, advice = f"{_show(scores[:1])} for an answer after a call; {_show(scores[1:2])} for calls alone", ()
-        if self.steady and not _same(scores[:1], scores[2:]):
-            advice = ("warn", f"Without a call it gets {_show(scores[2:])}. {READ}")
-        yield Row("tool messages", seen, *advice)
-
-    def inputs(self) -> Iterator[Row]:
-        batch, before = self.batch(REPLIES), self.batch(REPLIES)
-        self.score(batch)
-        changed = [key for key in batch if batch[key] != before[key]]
-        fault = (f"it changes {', '.join(changed)}", "warn", "The next reward and the log get the changed ones: work on a copy.")
-        yield Row("inputs", *(fault if changed else ["left as they were"]))
-
-    def speed(self) -> Iterator[Row]:
-        seen, slowest, seconds = [], 0.0, 0.0
-        for size in (64, 768):
-            if seconds * size / 64 > 5:
-                seen.append(f"{size}: about {seconds * size / 64:.0f} s")
-                break
-            _, seconds = self.score(self.batch([REPLIES[n % len(REPLIES)] for n in range(size)]))
-            slowest = max(slowest, 1000 * seconds / size)
-            seen.append(f"{size}: {seconds:.2f} s")
-        advice = ("warn", "The other ranks wait: send requests together (async def), work on less text.") if slowest > SLOW_MS else ()
-        yield Row("time for a batch", f"{', '.join(seen)}; {slowest:.2g} ms a completion", *advice)
-
-    def batch(self, replies: list, chat: bool | None = None, second: bool = False) -> dict:
-        """The keywords of a call: replies as texts, or as whole completions."""
-        chat = self.chat if chat is None else chat
-        completions = [[{"role": "assistant", "content": text}] if chat and isinstance(text, str) else copy.deepcopy(text) for text in replies]
-        prompts = [[{"role": "user", "content": PROMPTS[second]}] if chat else PROMPTS[second] for _ in replies]
-        ids = [list(str(text).encode()) for text in replies]
-        columns = {name: [copy.deepcopy(values[second]) for _ in replies] for name, values in self.columns.items()}
-        return {"prompts": prompts, "completions": completions, "completion_ids": ids, **columns}
-
-    def score(self, batch: dict) -> tuple[list, float]:
-        """Scores and seconds. Raises Fault with the place, the completion and what to do."""
-        begun = time.perf_counter()
+def check(reward: Callable, columns: dict[str, list]) -> Iterator[tuple[str, str, str]]:
+    """Yield findings about one reward: verdict, format of the rows, text. What it raises is printed whole."""
+    seen = {}
+    for format, (_, severity) in FORMATS.items():
         try:
-            scores = call(self.reward, batch, self.runner, [])
-        except Exception as error:
-            raise self.diagnose(error, batch) from None
-        held = torch.tensor([math.nan if score is None else float(score) for score in scores], dtype=torch.float32)  # as TRL holds them
-        if held.isinf().any():
-            raise Fault(f"{max(map(abs, filter(None, scores)))} is infinite in TRL's float32", "Keep scores small, say within ±1000.")
-        return scores, time.perf_counter() - begun
-
-    def diagnose(self, error: Exception, batch: dict) -> Fault:
-        text, prefix = where(error), f"reward {self.reward.__name__}: "
-        if str(error).startswith(prefix):  # the run's own check of the scores
-            remedies = {"return one each": "Loop over `completions`: every column has as many entries.", "is no number": NUMBERS}
-            remedy = next((found for said, found in remedies.items() if said in str(error)), "Guard the division or logarithm that gave it.")
-            return Fault(str(error).removeprefix(prefix), remedy)
-        if isinstance(error, TimeoutError) and "no answer" in str(error):
-            return Fault(str(error), "The other ranks wait, and a run gives up after half an hour: give requests a time limit, work on less text.")
-        if text.startswith(type(error).__name__):  # nothing in the reward raised it, so what it returned did
-            return Fault(f"it returned no list of numbers: {error}", NUMBERS)
-        missing = error.args[0] if isinstance(error, KeyError) and error.args else None
-        if isinstance(missing, str) and missing.isidentifier() and missing not in {"role", "content", "tool_calls", *batch}:
-            return Fault(text, f"If {missing} is a column: check with --column {missing}=VALUE, and see that the dataset has it.")
-        for index, completion in enumerate(batch["completions"]):
-            try:
-                call(self.reward, {key: values[index : index + 1] for key, values in batch.items()}, self.runner, [])
-            except Exception as again:
-                if type(again) is type(error):
-                    text += f", on {completion!r:.160}"  # it raises the same when it is alone
-                    break
-        shape = isinstance(error, (AttributeError, TypeError, LookupError))
-        return Fault(text, READ if shape else "An exception ends the run: give such a reply its lowest score, or None.")
+            alone = [score(reward, [row], columns, format)[0] for row in ROWS]
+            together = score(reward, ROWS, columns, format)
+            again = score(reward, ROWS, columns, format)
+            backwards = score(reward, ROWS[::-1], columns, format)[::-1]
+        except Exception:
+            traceback.print_exc()
+            yield (severity, format, f"the error above would end a run with such rows; {READ}")
+            continue
+        seen[format] = together
+        yield ("ok", format, _show(together))
+        if all(value is None for value in together):
+            yield ("warn", format, "None for every completion: if it asks a server, is that one up?")
+        if not _same(together, again):
+            yield ("warn", format, f"the same batch again: {_show(again)}. Noise cannot be learned: fix the seed")
+        elif not _same(together, backwards):
+            yield ("FAIL", format, f"in another order: {_show(backwards)}. Score each completion by its own row")
+        elif not _same(together, alone):
+            yield ("warn", format, f"one at a time: {_show(alone)}. A rank may see only a part of a group")
+    for format, other in (("chat", "text"), ("tools", "chat")):
+        if format in seen and len(set(seen[format])) == 1 < len(set(seen.get(other, []))):
+            yield (FORMATS[format][1], format, f"all completions score alike; {READ}")
 
 
-def _same(one: list, other: list) -> bool:
-    """Equal but for rounding."""
-    one, other = ([math.inf if score is None else float(score) for score in scores] for scores in (one, other))
-    return len(one) == len(other) and all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
+def _user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def _assistant(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _same(first: list, second: list) -> bool:
+    pairs = [
+        [math.inf if value is None else float(value) for value in pair] for pair in zip(first, second, strict=True)
+    ]
+    return all(math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-6) for pair in pairs)
 
 
 def _show(scores: list) -> str:
-    return ", ".join("None" if score is None else f"{float(score):.6g}" for score in scores)
+    return ", ".join("None" if value is None else f"{float(value):.6g}" for value in scores)
+
+
+def _yaml(text: str):
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid YAML") from None
+
+
+def _column(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, list], dict]:
+    """Return the arguments, the columns with their values, and the options of the reward."""
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="python -m grpo_launcher.reward_check", **raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", **raw)
+    try_one, check_all = commands.add_parser("try", **raw), commands.add_parser("check", **raw)
+    try_one.add_argument("names", metavar="NAME", nargs=1)
+    try_one.add_argument("text", metavar="TEXT", help="the completion")
+    try_one.add_argument("--prompt", metavar="TEXT", default="", help="its prompt")
+    check_all.add_argument("names", metavar="NAME", nargs="+")
+    flags = {token.partition("=")[0] for token in argv if re.match(r"--[A-Za-z]\w*(-\w+)*(=|$)", token)}
+    for command in (try_one, check_all):
+        text = "a column of the dataset, as JSON or text; a second value is for the second prompt"
+        command.add_argument("--column", metavar="NAME=VALUE", action="append", type=_column, default=[], help=text)
+        for flag in flags - OWN_FLAGS:  # the options of a reward are known only when it is loaded
+            dest = "option " + flag.lstrip("-").replace("-", "_")
+            command.add_argument(flag, dest=dest, metavar="VALUE", type=_yaml, default=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    options = {name.removeprefix("option "): value for name, value in vars(args).items() if name.startswith("option ")}
+    columns: dict[str, list] = {}
+    for name, value in getattr(args, "column", []):
+        columns.setdefault(name, []).append(value)
+    return args, columns, options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args, columns, options = parse(sys.argv[1:] if argv is None else argv)
+    if args.command == "list":
+        show_list()
+        return 0
+    try:
+        rewards = load(args.names, options, columns)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.command == "try":
+        logged = []
+        (value,) = score(rewards[0], [(args.prompt, args.text)], columns, "chat", logged)
+        print(f"{rewards[0].__name__}: {value}", *logged, sep="\n  ")
+        return 0
+    failed = False
+    for name, reward in zip(args.names, rewards, strict=True):
+        print(name)
+        for verdict, format, text in check(reward, columns):
+            failed |= verdict == "FAIL"
+            print(f"  {verdict:5} {format:6} {text}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    if sys.path[0] == os.getcwd():
+        sys.path.pop(0)  # a file rewards.py or datasets.py of the user's must not hide the installed module
+    sys.exit(main())
