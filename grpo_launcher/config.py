@@ -23,7 +23,7 @@ from grpo_launcher.merge import merged_path
 # Fields that TRL keeps as free text and reads only after the model is loaded.
 CHOICES = {
     "loss_type": ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"],
-    "scale_rewards": ["group", "batch", "none", True, False, "True", "False"],
+    "scale_rewards": ["group", "batch", "none"],
     "importance_sampling_level": ["token", "sequence"],
     "vllm_mode": ["server", "colocate"],
     "vllm_importance_sampling_mode": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
@@ -192,7 +192,9 @@ class _Parser(TrlParser):
         try:
             if is_list_field:
                 return [self._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
-            return self._get_value(action, str(value))
+            value = self._get_value(action, str(value))
+            self._check_value(action, value)
+            return value
         except argparse.ArgumentError as error:
             raise UserError(f"{path}: {name}", f"{value!r}: {error.message}") from None
 
@@ -230,6 +232,8 @@ def load_config(argv: list[str]) -> Config:
 
     values = {name: plain(value) for name, value in vars(namespace).items()}
     _resolve_plugins(values, folders)
+    switch = {"true": "group", "false": "none"}  # TRL takes the two as bool, which a field of text cannot hold
+    values["scale_rewards"] = switch.get(str(values["scale_rewards"]).lower(), values["scale_rewards"])
     for name in MAPPINGS:
         values[name] = _as_mapping(name, values[name])
     for name, allowed in (CHOICES | ({"loss_type": SFT_LOSSES} if namespace.method == "sft" else {})).items():
