@@ -1,0 +1,231 @@
+"""Datasets, prepared for training: one module for each, which turns a raw row into a row with a prompt.
+
+A new dataset is a new module here with a function `to_row` and one `DATASET = DatasetSpec(...)`.
+`process_dataset.py` finds it by its file name. Heavy libraries are imported when there is work for them.
+"""
+
+import importlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_launcher import hub
+from grpo_launcher.errors import UserError, first_line
+
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+TEST_ROWS = 1000  # at most, where a split is drawn from train; at most a tenth of train too
+
+
+class SkipRow(Exception):
+    """A raw row that cannot be used. The message is the cause that is counted."""
+
+
+@dataclass
+class Request:
+    """What to prepare: the options of process_dataset.py. None stands for the dataset's own default."""
+
+    name: str
+    source: str | None = None
+    steps: int | None = None
+    output: Path | None = None
+    tokenizer: str | None = None
+    max_prompt_length: int | None = None
+    too_long: str = "drop"
+    article: str | None = None
+    summary: str | None = None
+    prefix: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What is particular to a dataset."""
+
+    to_row: Callable[..., dict]  # raw row -> row with the column prompt; raises SkipRow
+    tokenizer: str  # what a request has by default: tokenizer, max_prompt_length and source
+    max_prompt_length: int
+    source: str | None = None  # Hub id
+    config: str | None = None  # configuration of the Hub's dataset
+    splits: tuple[str, ...] = ("train", "test")  # what is written
+    # Reads or makes raw rows by split, and rows of further files by name. Raises OSError or ValueError.
+    load: Callable[[Request], tuple[dict, dict]] | None = None
+    options: tuple[str, ...] = ()  # options of a request that to_row takes, and no other dataset's
+
+
+def load_spec(name: str) -> DatasetSpec:
+    """Return the DATASET of the module `name`."""
+    return importlib.import_module(f"grpo_launcher.datasets.{name}").DATASET
+
+
+def text_of(raw: dict, column: str) -> str:
+    """Return a column's text without the space around it. Raises SkipRow where there is none."""
+    text = raw.get(column)
+    if not isinstance(text, str):
+        raise SkipRow(f"malformed: {column} must be text")
+    if not text.strip():
+        raise SkipRow(f"empty {column}")
+    return text.strip()
+
+
+def chat_prompt(system: str, user: str) -> list[dict]:
+    """Return a prompt of two chat messages."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `output` once the block has ended without an error."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        draft = Path(temporary) / "new"
+        draft.mkdir()
+        yield draft
+        if output.exists():
+            output.rename(Path(temporary) / "old")
+        draft.rename(output)
+
+
+def read_source(request: Request) -> dict:
+    """Read the splits of a source: a Hub id, a folder, or a jsonl, json, csv or parquet file."""
+    from datasets import get_dataset_config_names
+
+    from grpo_launcher.data import load_splits
+
+    spec = load_spec(request.name)
+    config = spec.config
+    if config and request.source != spec.source:  # a folder that was downloaded from the Hub has it too
+        is_folder = Path(request.source).is_dir()
+        config = config if is_folder and config in get_dataset_config_names(request.source) else None
+    return load_splits(request.source, config)
+
+
+def process(request: Request) -> None:
+    """Prepare a dataset: print what is kept and why the rest is not, and write the folder as a whole.
+
+    Raises:
+        UserError: an option, the source or the tokenizer cannot be used. Nothing is written then.
+    """
+    spec = load_spec(request.name)
+    _check(request, spec)
+    hub.use_cache_if_unreachable()
+    from datasets import Dataset
+    from datasets.exceptions import DatasetsError
+    from transformers import AutoTokenizer
+
+    try:
+        splits, files = spec.load(request) if spec.load else (read_source(request), {})
+    except (OSError, ValueError, DatasetsError) as error:
+        fix = "" if Path(request.source or ".").exists() else hub.hint()
+        raise UserError(f"--source {request.source}", first_line(error), fix) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(request.tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer {request.tokenizer}", first_line(error), hub.hint()) from error
+    splits = {name: rows if isinstance(rows, Dataset) else Dataset.from_list(rows) for name, rows in splits.items()}
+    splits = _complete(splits, spec.splits, request.seed)
+    tables = {split: _prepare(split, splits[split], request, tokenizer) for split in spec.splits}
+    # One set of features for all: a column of empty lists in one split has the type of the other's lists.
+    features = Dataset.from_list([row for rows in tables.values() for row in rows]).features
+    with new_folder(request.output) as folder:
+        for split, rows in tables.items():
+            Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+        for file, rows in files.items():
+            Dataset.from_list(rows).to_json(folder / file, force_ascii=False)
+    print("\nOne row of test:")
+    for column, value in tables["test"][0].items():
+        print(f"  {column}: {value}")
+    print(f"\nWrote {request.output}/{{{','.join(spec.splits)}}}.parquet", *files)
+
+
+def _check(request: Request, spec: DatasetSpec) -> None:
+    """Refuse what does not go together, and fill in the defaults."""
+    for name in ("article", "summary", "prefix"):
+        if getattr(request, name) is not None and name not in spec.options:
+            raise UserError(f"--{name}", f"no option of {request.name}", "leave it out")
+    if (request.article is None) != (request.summary is None):
+        raise UserError("--article, --summary", "only one of the two columns is named", "name both")
+    if request.steps and (request.source or request.name != "calculator"):
+        raise UserError(
+            "--steps", "makes sums for calculator, in place of reading a --source", "leave one of them out"
+        )
+    request.source = request.source or spec.source
+    request.output = request.output or Path("data") / request.name
+    request.tokenizer = request.tokenizer or spec.tokenizer
+    if request.max_prompt_length is None:
+        request.max_prompt_length = spec.max_prompt_length
+    if request.max_prompt_length < 1 or (request.limit is not None and request.limit < 1):
+        raise UserError("--max_prompt_length, --limit", "under 1", "give at least 1")
+    if request.output.exists() and not request.overwrite:
+        raise UserError(f"--output {request.output}", "exists", "add --overwrite to replace it")
+
+
+def _complete(splits: dict, names: tuple[str, ...], seed: int) -> dict:
+    """Return splits of these names: test may be the source's validation split; what is missing is drawn from train."""
+    splits = dict(splits)
+    if "train" not in splits:
+        splits = {"train": next(iter(splits.values()))}
+    if "test" not in splits and "validation" in splits and "validation" not in names:
+        splits["test"] = splits["validation"]
+    for missing in [name for name in names if name not in splits]:
+        rows = splits["train"]
+        if len(rows) == 1:
+            splits[missing] = rows
+            continue
+        parts = rows.train_test_split(test_size=max(1, min(TEST_ROWS, len(rows) // 10)), seed=seed)
+        splits |= {"train": parts["train"], missing: parts["test"]}
+        print(f"The source has no split {missing}: {len(parts['test'])} rows of train, drawn at random, become it")
+    return splits
+
+
+def _prepare(split: str, raw, request: Request, tokenizer) -> list[dict]:
+    """Return the rows of a split that can be used, with their tokens counted, and print why the others cannot."""
+    import numpy
+    from tqdm import tqdm
+
+    from grpo_launcher.data import count_tokens, tokenizer_mark
+
+    spec = load_spec(request.name)
+    options = {name: getattr(request, name) for name in spec.options}
+    limit = request.max_prompt_length
+    if request.limit and request.limit < len(raw):
+        raw = raw.shuffle(seed=request.seed).select(range(request.limit))
+    rows = []
+    left_out = Counter()
+    for raw_row in tqdm(raw, desc=f"reading {split}", unit="row", delay=2):
+        try:
+            rows.append(spec.to_row(raw_row, **options))
+        except SkipRow as cause:
+            left_out[str(cause)] += 1
+    lengths = count_tokens([row["prompt"] for row in rows], tokenizer)
+    long = [index for index, tokens in enumerate(lengths) if tokens > limit]
+    if request.too_long == "cut" and long:
+        for index in long:
+            rows[index]["prompt"] = _cut(rows[index]["prompt"], lengths[index] - limit, tokenizer)
+            (lengths[index],) = count_tokens([rows[index]["prompt"]], tokenizer)
+        print(f"{split}: {len(long)} prompts over {limit} tokens lose their end")
+    mark = tokenizer_mark(request.tokenizer, tokenizer)
+    counted = [row | {"prompt_tokens": tokens} for row, tokens in zip(rows, lengths, strict=True)]
+    kept = [row | {"prompt_tokenizer": mark} for row in counted if row["prompt_tokens"] <= limit]
+    left_out[f"prompt over {limit} tokens"] = len(rows) - len(kept)
+    print(f"{split}: {len(kept)} of {len(raw)} rows kept")
+    for cause, count in (+left_out).most_common():
+        print(f"  {count} left out: {cause}")
+    if not kept:
+        causes = ", ".join(+left_out) or "it is empty"
+        raise UserError(f"--source {request.source}", f"no row of its split {split} can be used: {causes}")
+    median, high, longest = numpy.percentile([row["prompt_tokens"] for row in kept], [50, 95, 100])
+    print(f"  prompt tokens: median {median:.0f}, 95th percentile {high:.0f}, longest {longest:.0f}")
+    return kept
+
+
+def _cut(prompt: str | list[dict], excess: int, tokenizer) -> str | list[dict]:
+    """Return a prompt whose text, or last message, has lost its last `excess` tokens."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    text = text[: offsets[-excess][0]].rstrip() if excess < len(offsets) else ""
+    return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]

@@ -1,73 +1,90 @@
-"""Sums for a model with a calculator: grade-school word problems (openai/gsm8k, or files in its form: question, answer), or generated ones."""
+"""Sums for a model with a calculator: word problems (openai/gsm8k, or files in its form), or made ones."""
 
+import operator
 import random
 import re
-from operator import add, floordiv, mul, sub
 
-from datasets import Dataset, DatasetDict
+from grpo_launcher.datasets import DatasetSpec, Request, SkipRow, chat_prompt, read_source, text_of
 
-from grpo_launcher.tools.calculator import calculator
-
-SOURCE = "openai/gsm8k"
-CONFIG = "main"
-TOKENIZER = "Qwen/Qwen2.5-3B-Instruct"
-MAX_PROMPT_LENGTH = 512  # tokens, without the tool's schema: with tools the template renders 150 to 200 more into every prompt
-SYSTEM = "Solve the user's problem. Use the calculator tool for every sum, however small. End with: The answer is NUMBER."
-OPERATORS = {"+": (add, 0), "-": (sub, 0), "*": (mul, 1), "/": (floordiv, 1)}  # what each does, and how tightly it binds
+SYSTEM = (
+    "Solve the user's problem. Use the calculator tool for every sum, however small. End with: The answer is NUMBER."
+)
+OPERATORS = {  # sign: what it does, and how tightly it binds
+    "+": (operator.add, 0),
+    "-": (operator.sub, 0),
+    "*": (operator.mul, 1),
+    "/": (operator.floordiv, 1),
+}
+NUMBER = re.compile(r"(-?)\$?((?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)", re.ASCII)
 ROWS = 1000
 LARGEST = 999_999
 
 
-def sums(steps: int, limit: int | None, seed: int) -> DatasetDict:
-    """Distinct sums of `steps` operations in GSM8K's form, `limit` of them (1,000), as the split train; one seed, one list.
+def load(request: Request) -> tuple[dict, dict]:
+    """Make sums of `steps` operations, or read a source in GSM8K's columns."""
+    if not request.steps:
+        return read_source(request), {}
+    return {"train": make_sums(request.steps, request.limit or ROWS, request.seed)}, {}
 
-    Numbers are whole, 1 to 99; no part of a sum is negative or a fraction, and its value is 0 to 999,999. Raises ValueError where so many different
-    ones are not found.
+
+def make_sums(steps: int, count: int, seed: int) -> list[dict]:
+    """Return `count` distinct sums of `steps` operations in GSM8K's columns. The same seed gives the same list.
+
+    Numbers are whole, 1 to 99. No part of a sum is negative or a fraction. Its value is 0 to 999,999.
+    Raises ValueError where there are not so many different ones.
     """
-    rng, made, limit = random.Random(seed), {}, limit or ROWS
-    for _ in range(20 * limit):
-        text, value, _ = _sum(rng, steps)
-        if value <= LARGEST and text not in made:
-            made[text] = calculator(text)
-        if len(made) == limit:
-            rows = [{"question": f"What is {text}?", "answer": f"#### {gold}"} for text, gold in made.items()]
-            return DatasetDict(train=Dataset.from_list(rows))
-    raise ValueError(f"only {len(made)} different sums found; give a smaller --limit")
+    rng = random.Random(seed)
+    sums = {}
+    for _ in range(20 * count):
+        text, value, _ = _make_sum(rng, steps)
+        if value <= LARGEST:
+            sums[text] = value
+        if len(sums) == count:
+            return [{"question": f"What is {text}?", "answer": f"#### {value}"} for text, value in sums.items()]
+    raise ValueError(f"only {len(sums)} different sums of {steps} operations found; give a smaller --limit")
 
 
-def to_row(raw: dict) -> dict | str:
-    """One problem → {"prompt": [system, user], "answer": the number behind the last ####, "needs_tool": True}, or the cause why it is left out.
+def to_row(raw: dict) -> dict:
+    """Turn a worked problem into {"prompt": [system, user], "answer": number, "needs_tool": True}.
 
-    The number is a plain one: 1234, -2 or 0.5, without thousands separators or $.
+    The number stands behind the last ####. It becomes a plain one, without $ and thousands separators.
     """
-    question, worked = raw.get("question"), raw.get("answer")
-    if not isinstance(question, str) or not isinstance(worked, str):
-        return "malformed: question and answer must be text"
-    if not question.strip():
-        return "empty question"
-    if "####" not in worked:
-        return "no #### before the answer"
-    answer = re.fullmatch(r"(-?)\$?((?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?)", worked.rpartition("####")[2].strip(), re.ASCII)
-    if not answer:
-        return "the answer is no number"
-    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question.strip()}]
-    return {"prompt": prompt, "answer": answer[1] + answer[2].replace(",", ""), "needs_tool": True}
+    prompt = chat_prompt(SYSTEM, text_of(raw, "question"))
+    _, mark, answer = text_of(raw, "answer").rpartition("####")
+    if not mark:
+        raise SkipRow("no #### before the answer")
+    number = NUMBER.fullmatch(answer.strip())
+    if not number:
+        raise SkipRow("the answer is no number")
+    return {"prompt": prompt, "answer": number[1] + number[2].replace(",", ""), "needs_tool": True}
 
 
-def _sum(rng: random.Random, steps: int) -> tuple[str, int, int]:
-    """A sum as text, its value, and how tightly its outermost operator binds (2: a number)."""
+def _make_sum(rng: random.Random, steps: int) -> tuple[str, int, int]:
+    """Return a sum as text, its value, and how tightly its outermost operator binds (2: a number)."""
     if not steps:
         number = rng.randint(1, 99)
         return str(number), number, 2
-    operator = rng.choice("++--**/")
-    work, binds = OPERATORS[operator]
-    before = steps - 1 if operator == "/" else rng.randrange(steps)
-    left, right = _sum(rng, before), _sum(rng, steps - 1 - before)
-    if operator == "/":
+    sign = rng.choice("++--**/")
+    compute, binding = OPERATORS[sign]
+    steps_left = steps - 1 if sign == "/" else rng.randrange(steps)
+    left = _make_sum(rng, steps_left)
+    right = _make_sum(rng, steps - 1 - steps_left)
+    if sign == "/":
         divisor = rng.choice([number for number in range(2, 100) if left[1] % number == 0] or [1])
-        right = str(divisor), divisor, 2
-    elif operator == "-" and left[1] < right[1]:
+        right = (str(divisor), divisor, 2)
+    elif sign == "-" and left[1] < right[1]:
         left, right = right, left
-    a = f"({left[0]})" if left[2] < binds else left[0]
-    b = f"({right[0]})" if right[2] < binds or (right[2] == binds and operator in "-/") else right[0]
-    return f"{a} {operator} {b}", work(left[1], right[1]), binds
+    left_text = f"({left[0]})" if left[2] < binding else left[0]
+    needs_brackets = right[2] < binding or (right[2] == binding and sign in "-/")
+    right_text = f"({right[0]})" if needs_brackets else right[0]
+    return f"{left_text} {sign} {right_text}", compute(left[1], right[1]), binding
+
+
+DATASET = DatasetSpec(
+    to_row,
+    tokenizer="Qwen/Qwen2.5-3B-Instruct",
+    max_prompt_length=512,  # without the tool's schema, which the chat template renders in 150 to 200 tokens more
+    source="openai/gsm8k",
+    config="main",
+    load=load,
+)

@@ -1,20 +1,24 @@
-"""Reddit posts and their authors' own summaries (trl-lib/tldr, or files in its form: prompt, completion) as a dialogue."""
+"""Reddit posts and their authors' own summaries, as a dialogue: trl-lib/tldr, or files with its columns."""
 
-SOURCE = "trl-lib/tldr"
-TOKENIZER = "Qwen/Qwen2.5-1.5B-Instruct"
-MAX_PROMPT_LENGTH = 768  # tokens; the longest prompt and configs/tldr_*.yaml's reply fit into their context of 1,024
-SYSTEM = "You are a helpful assistant. Summarise the Reddit post that the user shows you in one short paragraph, in the voice of its author."
+from grpo_launcher.datasets import DatasetSpec, SkipRow, chat_prompt, text_of
+
+SYSTEM = (
+    "You are a helpful assistant. Summarise the Reddit post that the user shows you in one short paragraph, "
+    "in the voice of its author."
+)
 
 
-def to_row(raw: dict) -> dict | str:
-    """One raw row → {"prompt": [system, user], "reference": the author's summary}, or the cause why it is left out."""
-    post, summary = raw.get("prompt"), raw.get("completion")
-    if not isinstance(post, str) or not isinstance(summary, str):
-        return "malformed: prompt and completion must be text"
-    post = post.strip().removesuffix("TL;DR:").strip()
+def to_row(raw: dict) -> dict:
+    """Turn {"prompt": post, "completion": summary} into {"prompt": [system, user], "reference": summary}."""
+    post = text_of(raw, "prompt").removesuffix("TL;DR:").strip()
     if not post:
-        return "empty post"
-    if not summary.strip():
-        return "empty summary"
-    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": post}]
-    return {"prompt": prompt, "reference": summary.strip()}
+        raise SkipRow("empty prompt")
+    return {"prompt": chat_prompt(SYSTEM, post), "reference": text_of(raw, "completion")}
+
+
+DATASET = DatasetSpec(
+    to_row,
+    tokenizer="Qwen/Qwen2.5-1.5B-Instruct",
+    max_prompt_length=768,  # with the completions of configs/tldr_*.yaml they fit into a context of 1,024
+    source="trl-lib/tldr",
+)
