@@ -1,15 +1,17 @@
 """Callbacks of a run: the console line and metrics.jsonl of each step, and the guards."""
 
+import datetime
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
 
+import pandas
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
 from transformers import TrainerCallback
 
 from grpo_launcher.errors import UserError, did_you_mean
@@ -33,6 +35,7 @@ SFT_COLUMNS = [
     ("mean_token_accuracy", "token accuracy", "{:.0%}"),
     ("grad_norm", "gradient norm", "{:.2f}"),
 ]
+REWARD_MEAN = re.compile("(eval_)?rewards/.+/mean")
 # Figures of the summary, behind the rewards.
 SUMMARY = ["reward", "completions/mean_length", "completions/clipped_ratio", "kl", "entropy", "grad_norm"]
 SUMMARY += ["tools/call_frequency", "tools/failure_frequency", "tools/turns", "tools/tokens"]
@@ -80,7 +83,7 @@ class RunLog(TrainerCallback):
         shown = [(label, form.format(logs[name])) for name, label, form in self.columns if logs.get(name) is not None]
         figures = "  ".join(f"{label} {value}".strip() for label, value in shown)
         seconds_per_step = (time.monotonic() - self.start_time) / max(1, state.global_step - self.start_step)
-        left = _clock((state.max_steps - state.global_step) * seconds_per_step)
+        left = datetime.timedelta(seconds=round((state.max_steps - state.global_step) * seconds_per_step))
         width = len(str(state.max_steps))
         return f"step {state.global_step:>{width}}/{state.max_steps}  {figures}  {left} left"
 
@@ -89,17 +92,8 @@ def _evaluation(logs: dict) -> str:
     if "eval_reward" not in logs:
         return f"loss {logs['eval_loss']:+.3f}"
     figures = {"reward": logs["eval_reward"]}
-    for name, value in logs.items():
-        if name.startswith("eval_rewards/") and name.endswith("/mean"):
-            figures[name.split("/")[1]] = value
+    figures |= {name.split("/")[1]: value for name, value in logs.items() if REWARD_MEAN.fullmatch(name)}
     return "  ".join(f"{name} {value:+.3f}" for name, value in figures.items() if value is not None)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{seconds:02}"
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def shorten(text: str, limit: int = 400) -> str:
@@ -122,34 +116,23 @@ def print_sample(prompts, completions, rewards: dict[str, list], advantages: lis
 
 def metric_changes(folder: Path) -> list[tuple[str, float, float]]:
     """Return (metric, mean of the first three steps, mean of the last five) of all rewards and watched figures."""
-    logged = read_metrics(folder)
-    lines = [line for line in logged if "reward" in line]
-    if lines:
-        rewards = {name for line in lines for name in line if name.startswith("rewards/") and name.endswith("/mean")}
-        names = [*sorted(rewards), *SUMMARY]
-    else:
-        lines = [line for line in logged if "loss" in line]
+    frame = pandas.DataFrame(read_metrics(folder))
+    names = [*sorted(name for name in frame if REWARD_MEAN.fullmatch(name)), *SUMMARY]
+    if "reward" not in frame:
         names = [name for name, *_ in SFT_COLUMNS]
-    rows = []
-    for name in names:
-        first, last = ([line[name] for line in part if line.get(name) is not None] for part in (lines[:3], lines[-5:]))
-        if first and last:
-            rows.append((name, sum(first) / len(first), sum(last) / len(last)))
-    return rows
+    names = [name for name in names if name in frame]
+    steps = frame.dropna(subset=["reward" if "reward" in frame else "loss"]) if names else frame
+    changes = [(name, steps[name].head(3).mean(), steps[name].tail(5).mean()) for name in names]
+    return [change for change in changes if not any(map(math.isnan, change[1:]))]
 
 
 def print_summary(folder: Path) -> None:
     """Print a table of what changed between the first steps and the last."""
-    rows = metric_changes(folder)
-    if not rows:
-        return
-    print(f"{folder}, {read_metrics(folder)[-1]['step']} steps:")
-    table = Table("mean of")
-    table.add_column("the first three", justify="right")
-    table.add_column("the last five", justify="right")
-    for name, first, last in rows:
-        table.add_row(name, f"{first:.4g}", f"{last:.4g}")
-    console.print(table)
+    changes = metric_changes(folder)
+    if changes:
+        print(f"{folder}, {read_metrics(folder)[-1]['step']} steps:")
+        table = pandas.DataFrame(changes, columns=["mean of", "the first three", "the last five"])
+        print(table.to_string(index=False, float_format="{:.4g}".format), flush=True)
 
 
 FINITE = ("loss", "reward", "grad_norm", "kl")  # NaN or infinity in any of these stops a run at once

@@ -3,18 +3,10 @@
 import json
 
 import pytest
-import torch
 from tiny_models import make_encoder_model, make_model
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
-from trl.trainer import grpo_trainer
-
-from grpo_launcher import seq2seq as encoder_decoder
 from grpo_launcher.preflight import gather
-from grpo_launcher.config import RecipeParser
-from grpo_launcher.trainer import trainer_class
 
 KINDS = ["t5", "mt5", "bart", "pegasus"]
-TARGETS = {"t5": ["q", "v"], "mt5": ["q", "v"], "bart": ["q_proj", "v_proj"], "pegasus": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -29,88 +21,6 @@ def home(tmp_path_factory):
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
-
-
-@pytest.fixture
-def trainer(home, tmp_path, monkeypatch):
-    """trainer(kind, *flags) → the trainer that train.py would build, in this process."""
-    monkeypatch.chdir(home)
-    monkeypatch.setattr(grpo_trainer, "create_model_from_path", grpo_trainer.create_model_from_path)  # what is rebound is put back
-
-    def make(kind: str, *flags: str):
-        fixed = ["--model_name_or_path", kind, "--dataset_name", "rows.jsonl", "--reward_funcs", "rewards.rouge.rouge_reward", "--max_completion_length", "12"]
-        argv = [*fixed, "--beta", "0.04", "--output_dir", str(tmp_path / "run"), "--temperature", "0.7", "--num_generations", "4", *flags]
-        recipe, args, model = RecipeParser().parse(argv)
-        from trl import get_peft_config
-
-        from grpo_launcher.plugins import load_rewards
-        from grpo_launcher.data import load_rows
-
-        config = AutoConfig.from_pretrained(kind)
-        model.lora_task_type = encoder_decoder.TASK[encoder_decoder.is_encoder_decoder(config)]
-        args.model_init_kwargs = {"dtype": "float32"}
-        rows = load_rows("rows.jsonl")["train"]
-        options = {"reward_funcs": load_rewards(recipe), "args": args, "train_dataset": rows, "peft_config": get_peft_config(model)}
-        made = trainer_class(args, recipe, config)(model=kind, **options)
-        made.model.train()
-        return made
-
-    return make
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_log_probabilities_are_those_of_teacher_forcing(kind, lora, trainer, home):
-    """Against the model's own loss path, one unpadded row at a time, from a fresh load; and without dropout the reference is the policy, to the bit."""
-    flags = ["--use_peft", "true", "--lora_target_modules", *TARGETS[kind]] if lora else []
-    made = trainer(kind, "--num_iterations", "2", *flags)
-    batch = made._prepare_inputs([made.train_dataset[at // 4] for at in range(8)])
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    with torch.no_grad():  # with it the CPU takes another kernel
-        logps, entropies, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=True)
-    assert torch.equal(logps, batch["ref_per_token_logps"]) and torch.equal(logps, batch["old_per_token_logps"])
-    assert {row.sum().item() for row in batch["prompt_mask"]} != {batch["prompt_ids"].shape[1]}, "some prompts are padded"
-    independent = AutoModelForSeq2SeqLM.from_pretrained(home / kind).eval()
-    for row in range(8):
-        prompt, reply = (batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()] for part in ("prompt", "completion"))
-        with torch.no_grad():
-            logits = independent(input_ids=prompt[None], labels=reply[None]).logits[0] / 0.7
-        expected = logits.log_softmax(-1)
-        assert logps[row, : len(reply)].tolist() == pytest.approx(expected[range(len(reply)), reply].tolist(), abs=1e-5)
-        assert entropies[row, : len(reply)].tolist() == pytest.approx((-(expected.exp() * expected).sum(-1)).tolist(), abs=1e-4)
-
-
-def test_replies_are_drawn_as_the_model_says(trainer, home):
-    """Without beams, forced tokens and a shortest length that its generation config asks for, which is left as it was."""
-    made = trainer("bart", "--top_k", "1")
-    drawn, _ = made._generate_single_turn(made._tokenize_prompts([made.train_dataset[at]["prompt"] for at in range(4)])[0], None, {}, 1)
-    assert made.model.generation_config.num_beams == 4, "saved as it was"
-    independent, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(home / "bart").eval(), AutoTokenizer.from_pretrained(home / "bart")
-    for at, reply in enumerate(drawn):
-        ids, said = tokenizer(made.train_dataset[at]["prompt"], return_tensors="pt")["input_ids"], [independent.config.decoder_start_token_id]
-        while len(said) <= 12 and (len(said) == 1 or said[-1] != tokenizer.eos_token_id):
-            said.append(independent(input_ids=ids, decoder_input_ids=torch.tensor([said])).logits[0, -1].argmax().item())
-        assert reply == said[1:]
-
-
-def test_a_config_that_names_a_model_without_a_head_is_loaded_with_one(trainer, home):
-    """As that of facebook/bart-base does; reference and policy alike."""
-    path = home / "bart/config.json"
-    text = path.read_text()
-    path.write_text(text.replace("BartForConditionalGeneration", "BartModel"))
-    try:
-        made = trainer("bart")
-    finally:
-        path.write_text(text)
-    assert {type(model).__name__ for model in (made.model, made.ref_model)} == {"BartForConditionalGeneration"}
-    assert made.model.config.dropout == made.model.config.attention_dropout == made.model.config.encoder_layerdrop == 0
-
-
-def test_the_kind_is_read_from_the_config(home):
-    """By its one field, and of a saved folder from what lies in it."""
-    assert [encoder_decoder.is_encoder_decoder(AutoConfig.from_pretrained(home / name)) for name in ("t5", "bart", "causal")] == [True, True, False]
-    assert [encoder_decoder.saved(home / name) for name in ("t5", "causal")] == [True, False]
 
 
 REFUSED = {

@@ -74,33 +74,6 @@ def test_every_device_trains(facts, make_plan):
     assert "supervised, nothing is generated" in made.layout and "8 rows × 4 ranks × 2 accumulated = 64 rows a step" in "".join(made.lines)
 
 
-def test_its_loss_is_guarded(tmp_path):
-    """A line with a loss is judged where no reward is logged."""
-    guards = Guards(tmp_path, {}, judged="loss")
-    state, control = SimpleNamespace(global_step=1, is_world_process_zero=True, logging_steps=1), SimpleNamespace(should_save=True)
-    guards.on_log(None, state, control, logs={"loss": float("nan")})
-    assert control.should_training_stop and "loss is nan" in guards.stopped
-
-
-def test_an_adapter_to_start_from_is_merged_once(tmp_path, monkeypatch):
-    """The two as one model say what they said apart; a newer adapter is merged anew; until then the recipe cannot run, and says how."""
-    make_model(tmp_path / "base", seed=0)
-    make_adapter(tmp_path / "adapter", tmp_path / "base", seed=1)
-    name = str(tmp_path / "adapter")
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, CHAT)))
-    told = gather(["--model_name_or_path", name, "--dataset_name", str(tmp_path / "rows.jsonl"), "--reward_funcs", "rewards.rouge.rouge_reward"])
-    assert told["adapter"] == name and f"python -m grpo_launcher.merge {name}" in told["missing"][0]
-    merge.merge(tmp_path / "adapter")
-    assert merge.start(name) == f"{name}/merged" and merge.needed(name) is None and merge.start(str(tmp_path / "base")) == str(tmp_path / "base")
-    assert RecipeParser().read(["--model_name_or_path", name])[0].model_name_or_path == f"{name}/merged"
-    apart = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), name)
-    ids = AutoTokenizer.from_pretrained(f"{name}/merged")("The cat sat", return_tensors="pt")
-    both = [model(**ids).logits for model in (apart, AutoModelForCausalLM.from_pretrained(f"{name}/merged"))]
-    assert torch.allclose(*both, atol=1e-4)
-    os.utime(tmp_path / "adapter/adapter_model.safetensors", (2e9, 2e9))
-    assert merge.needed(name) == name
-
-
 @pytest.fixture(scope="module")
 def taught(home, launch):
     """Two supervised runs as ZeRO-3 × 2: t5 with LoRA, evaluated, and a causal model; and GRPO from the adapter of the first, all by the one command."""

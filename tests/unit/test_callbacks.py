@@ -181,13 +181,13 @@ def test_a_supervised_run_prints_its_loss(tmp_path, capsys):
     assert "evaluation at step 1:  loss +2.250" in output
 
 
-def test_the_summary_compares_the_first_steps_with_the_last(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(console, "_width", 100)
+def test_the_summary_compares_the_first_steps_with_the_last(tmp_path, capsys):
     lines = [{"step": n, "reward": float(n), "rewards/a/mean": None if n < 3 else 1.0} for n in range(1, 11)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert metric_changes(tmp_path) == [("rewards/a/mean", 1.0, 1.0), ("reward", 2.0, 8.0)]
     print_summary(tmp_path)
-    assert "10 steps" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "10 steps" in output and output.splitlines()[-1].split() == ["reward", "2", "8"]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": 2.0}\n')
     assert metric_changes(tmp_path) == [("loss", 2.0, 2.0)]
     (tmp_path / "metrics.jsonl").write_text("")

@@ -1,0 +1,470 @@
+"""trainer.py: each override of TRL beside TRL's own class, which must still show the fault that it mends.
+
+Where an assertion on the stock class fails, upstream has mended the fault, and the override can go.
+"""
+
+import json
+import re
+import sys
+import threading
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pandas
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny_models import make_encoder_model, make_model
+from transformers import AutoTokenizer, PrinterCallback, Qwen2Config, Qwen2ForSequenceClassification
+from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
+
+from grpo_launcher import trainer as trainer_module
+from grpo_launcher import trl_version
+from grpo_launcher.callbacks import RunLog, console
+from grpo_launcher.config import build_dataclasses, load_config
+from grpo_launcher.errors import UserError
+from grpo_launcher.runs import Run, read_metrics
+from grpo_launcher.trainer import Trainer, build_trainer
+from grpo_launcher.weight_sync import DiskSyncClient
+from grpo_launcher.weight_sync_worker import DiskSyncWorker
+
+NAN = float("nan")
+ROWS = Dataset.from_dict(
+    {
+        "prompt": [[{"role": "user", "content": f"What of number {number}?"}] for number in range(16)],
+        "reference": ["The cat waits."] * 16,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a causal model and a T5."""
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "causal", seed=0)
+    make_encoder_model(folder / "t5", "t5")
+    return folder
+
+
+@pytest.fixture
+def build(models, tmp_path):
+    """Return a function (reward functions, flags, options of build_trainer) -> the trainer of a run in tmp_path."""
+
+    def make(reward_funcs: list, *flags: str, kind: str = "causal", rows: Dataset = ROWS, stock=False, **options):
+        argv = ["--model_name_or_path", str(models / kind), "--dataset_name", "rows", "--use_cpu", "true"]
+        argv += ["--bf16", "false", "--report_to", "none", "--per_device_train_batch_size", "4"]
+        argv += ["--per_device_eval_batch_size", "4", "--num_generations", "4", "--max_completion_length", "8"]
+        recipe, args, model_args = build_dataclasses(load_config([*argv, *flags]).values)
+        if stock:
+            args.output_dir = str(tmp_path)
+            made = GRPOTrainer(str(models / kind), reward_funcs, args=args, train_dataset=rows, eval_dataset=rows)
+        else:
+            options = {"callbacks": [], "train_dataset": rows, "eval_dataset": rows, **options}
+            made = build_trainer(recipe, args, model_args, run=tmp_path, reward_funcs=reward_funcs, **options)
+        made.model.train()
+        return made
+
+    return make
+
+
+def reward(name: str, *batches: list):
+    """Return a reward function that gives these ratings, batch by batch."""
+    ratings = iter(batches)
+
+    def rate(completions, **columns):
+        return next(ratings)
+
+    rate.__name__ = name
+    return rate
+
+
+def test_a_failed_rating_moves_no_advantage(build):
+    """It takes its group's mean; TRL takes it for 0, and the advantages of all four differ."""
+    judge, length = [None, 8.0, 8.0, 8.0], [1.0, 1.0, 1.0, 1.0]
+    for stock in (False, True):
+        trainer = build([reward("judge", judge), reward("length", length)], stock=stock)
+        advantages = trainer._prepare_inputs([ROWS[0]] * 4)["advantages"].abs()
+        assert (advantages > 0.3).all() if stock else (advantages == 0).all()
+
+
+def call_rewards(trainer) -> torch.Tensor:
+    """Let the trainer rate a batch of four completions."""
+    return trainer._calculate_rewards([ROWS[0]] * 4, ROWS["prompt"][:4], ["text"] * 4, [[1]] * 4)
+
+
+def test_a_reward_that_failed_for_a_whole_group_stays_out_of_it(build):
+    judge = reward("judge", [None] * 4, [8.0, None, 4.0, 3.0])
+    trainer = build([judge, reward("length", [1.0] * 4, [-1.0] * 4)])
+    assert call_rewards(trainer)[:, 0].isnan().all()
+    assert call_rewards(trainer)[:, 0].tolist() == [8.0, 5.0, 4.0, 3.0]
+    metrics = trainer._metrics["train"]
+    assert metrics["rewards/judge/failed"] == [1.0, 0.25] and metrics["rewards/length/failed"] == [0.0, 0.0]
+
+
+def test_a_measure_is_a_mean_over_completions(build):
+    """One answered completion in the first batch, right, and three in the second, wrong: a quarter is right."""
+    means = {}
+    for stock in (False, True):
+        measure = reward("right_of_answered", [1.0, None, None, None], [0.0, 0.0, 0.0, None])
+        flags = ["--reward_weights", "1", "0", "--log_completions", "false", "--sample_every", "0"]
+        trainer = build([reward("length", [1.0] * 4, [1.0] * 4), measure], *flags, stock=stock)
+        for _ in range(2):
+            ratings = call_rewards(trainer)[:, 1]
+            trainer._metrics["train"]["rewards/right_of_answered/mean"].append(ratings.nanmean().item())
+        assert ratings.isnan().tolist() == [False, False, False, True], "a measure's None stays"
+        trainer.log({})
+        means[stock] = trainer.state.log_history[-1]["rewards/right_of_answered/mean"]
+        assert "rewards/right_of_answered/failed" not in trainer.state.log_history[-1]
+    assert means == {False: 0.25, True: 0.5}
+    measure = build([reward("a")], "--log_completions", "false", "--sample_every", "0")
+    measure.log({})
+    assert "rewards/a/mean" not in measure.state.log_history[-1], "a step begins anew"
+
+
+def test_an_evaluation_leaves_the_kept_completions_alone(build, tmp_path):
+    """TRL writes the held-out completions over those of the step."""
+    kept = tmp_path / "completions/completions_00000.parquet"
+    rows = ROWS.select(range(2))
+    for stock in (True, False):
+        trainer = build([reward("zero", *[[0.0] * 4] * 3)], stock=stock, rows=rows)
+        trainer._prepare_inputs([{**ROWS[0], "prompt": [{"role": "user", "content": "Of the training."}]}] * 4)
+        trainer.log({"loss": 0.0})
+        trainer.evaluate()
+        prompts = {prompt[-1]["content"] for prompt in pandas.read_parquet(kept).prompt}
+        assert (prompts == {"Of the training."}) is not stock
+        assert (trainer._logs["prompt"][-1][-1]["content"] == "Of the training.") is not stock
+
+
+def test_a_measure_that_applied_nowhere_is_not_the_best(build):
+    flags = ["--metric_for_best_model", "eval_rewards/a/mean", "--eval_strategy", "steps"]
+    none, half = ({"eval_rewards/a/mean": value} for value in (None, 0.5))
+    with pytest.raises(TypeError):
+        build([reward("a")], *flags, stock=True)._determine_best_metric(none, None)
+    trainer = build([reward("a")], *flags)
+    assert trainer._determine_best_metric(none, None) is False and trainer._determine_best_metric(half, None) is True
+
+
+def test_a_sample_is_printed_now_and_then_in_place_of_trls_table(build, capfd, monkeypatch):
+    monkeypatch.setattr(console, "_width", 100)
+    trainer = build([reward("zero", [0.0] * 4)], "--sample_every", "3")
+    trainer._prepare_inputs([ROWS[0]] * 4)
+    for trainer.state.global_step in range(1, 7):
+        trainer.log({"loss": 0.0})
+    trainer.log({"train_runtime": 1.0})
+    output = capfd.readouterr().out
+    assert [f"sample at step {step}" in output for step in range(1, 7)] == [True, False, True, False, False, True]
+    assert output.count("sample at step") == 3 and "Advantage" not in output
+
+
+# Tools on several ranks
+
+
+class Ranks:
+    """Two ranks as threads, with accelerate's gather_object and gather between them."""
+
+    def __init__(self, monkeypatch):
+        self.barrier, self.parts = threading.Barrier(2, timeout=10), {}
+        self.rank = threading.local()
+        monkeypatch.setattr(trainer_module, "gather_object", self.gather_object)
+
+    def gather_object(self, objects: list) -> list:
+        self.parts[self.rank.index] = objects
+        self.barrier.wait()
+        gathered = self.parts[0] + self.parts[1]
+        self.barrier.wait()
+        return gathered
+
+    def run(self, function) -> list:
+        """Return function(rank) of both ranks."""
+        results = [None, None]
+
+        def call(index: int) -> None:
+            self.rank.index = index
+            results[index] = function(index)
+
+        threads = [threading.Thread(target=call, args=(index,), daemon=True) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive(), "a rank waits for ever"
+        return results
+
+    def trainer(self, rank: int) -> Trainer:
+        """Return a trainer of one rank without a model."""
+        made = Trainer.__new__(Trainer)
+        made.accelerator = SimpleNamespace(
+            process_index=rank,
+            num_processes=2,
+            device="cpu",
+            gather=lambda tensor: torch.tensor(self.gather_object(tensor.tolist())),
+        )
+        made.model, made.is_seq2seq, made.use_vllm = SimpleNamespace(training=True), False, True
+        made._in_tool_loop, made._metrics = False, {"train": defaultdict(list)}
+        return made
+
+
+def test_ranks_with_different_numbers_of_turns_keep_their_prompts(monkeypatch):
+    """Rank 0 has prompts for one turn, rank 1 for three; every turn is of all ranks, evenly shared out."""
+    ranks, shares = Ranks(monkeypatch), []
+    turns = {0: [[[10], [11], [12]]], 1: [[[20]], [[21], [22]], [[23]]]}
+
+    def single_turn(self, prompt_ids, images, fields, num_generations, has_tool_images=False):
+        """As with a server: completions are sliced as if all ranks had sent equally many prompts."""
+        shares.append(len(prompt_ids))
+        everything = ranks.gather_object(prompt_ids)
+        own = slice(ranks.rank.index * len(prompt_ids), (ranks.rank.index + 1) * len(prompt_ids))
+        return [[token + 100 for token in ids] for ids in everything][own], [[0.5]] * len(prompt_ids)
+
+    def loop(self, *args):
+        completions = [self._generate_single_turn(prompts, None, {}, 1) for prompts in turns[ranks.rank.index]]
+        ids = [ids for turn, _ in completions for ids in turn]
+        assert all(len(turn) == len(logprobs) for turn, logprobs in completions)
+        masks = [[1, 0, 0, 1]] * len(ids)
+        messages = [[{"role": "assistant"}, {"role": "tool"}, {"role": "assistant"}]] * len(ids)
+        return masks, messages, ids, None, 0, 0, []
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", single_turn)
+    monkeypatch.setattr(GRPOTrainer, "_tool_call_loop", loop)
+    trainers = [ranks.trainer(rank) for rank in range(2)]
+    results = ranks.run(lambda rank: trainers[rank]._tool_call_loop([], [], [], [], None, None, {}))
+    assert results[0][2] == [[110], [111], [112]] and results[1][2] == [[120], [121], [122], [123]]
+    assert sorted(shares) == [1, 1, 1, 1, 2, 2], "turns of 4, 2 and 1 prompts"
+    for made in trainers:
+        assert made._metrics["train"] == {"tools/turns": [2.0], "tools/tokens": [2.0]} and not made._in_tool_loop
+
+
+def test_the_stock_server_mode_hands_completions_to_the_wrong_prompts(monkeypatch):
+    """Rank 0 sends one prompt and rank 1 two (trl#6673). When this fails, the turns need no sharing out any more."""
+    generation = VLLMGeneration.__new__(VLLMGeneration)
+    generation.__dict__ |= dict.fromkeys(["temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+    generation.mode, generation.max_completion_length = "server", 8
+    generation.accelerator = SimpleNamespace(process_index=1, is_main_process=False)
+    sent = [[10], [20], [21]]
+    completions = [[110], [120], [121]]
+    module = sys.modules[VLLMGeneration.__module__]
+    monkeypatch.setattr(module, "gather_object", lambda objects: sent)
+
+    def broadcast(objects: list, from_process: int) -> None:
+        objects[0] = (sent, completions, None, None)
+
+    monkeypatch.setattr(module, "broadcast_object_list", broadcast)
+    assert generation.generate([[20], [21]], None, 1)[1] != [[120], [121]]
+
+
+def weather(city: str) -> str:
+    """Say what the weather is.
+
+    Args:
+        city: A city.
+    """
+    return f"rain in {city}"
+
+
+def test_a_tool_is_called_and_its_turns_are_counted(build, models, monkeypatch):
+    """One rank: half of the completions call the tool, and answer in a second turn."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "causal")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
+    turns = [[call, "Sun.<|im_end|>"] * 2, ["It rains.<|im_end|>"] * 2]
+
+    def single_turn(self, prompt_ids, *args, **kwargs):
+        return [tokenizer(text)["input_ids"] for text in turns.pop(0)], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", single_turn)
+    flags = ["--max_completion_length", "400", "--max_tool_calling_iterations", "2"]
+    trainer = build([reward("zero", [0.0] * 4)], *flags, tools=[weather])
+    trainer._prepare_inputs([ROWS[0]] * 4)
+    metrics = trainer._metrics["train"]
+    assert metrics["tools/turns"] == [1.5] and metrics["tools/call_frequency"] == [0.5]
+    assert metrics["tools/tokens"][0] > 1 and metrics["tools/failure_frequency"] == [0.0]
+    roles = [message["role"] for message in trainer._logs["completion"][0]]
+    assert roles == ["assistant", "tool", "assistant"] and "rain in Rome" in str(trainer._logs["completion"][0])
+
+
+class Game:
+    """A number to find."""
+
+    def reset(self, **row):
+        """Begin with the row's columns."""
+        self.reference = row["reference"]
+
+    def guess(self, number: int) -> str:
+        """Guess the number.
+
+        Args:
+            number: From 1 to 9.
+        """
+        return "lower"
+
+    def get_reward(self) -> float:
+        """Rate the rollout."""
+        return float(self.reference == "The cat waits.")
+
+
+def test_an_environment_rates_its_completions_in_a_run(build, tmp_path, capsys):
+    """One step of training: reset gets the row, and the reward is logged under the class."""
+    log = RunLog(tmp_path)
+    flags = ["--max_tool_calling_iterations", "1", "--max_steps", "1", "--save_strategy", "no"]
+    trainer = build([], *flags, environment_factory=Game, callbacks=[log])
+    assert not any(isinstance(callback, PrinterCallback) for callback in trainer.callback_handler.callbacks)
+    trainer.train()
+    (line,) = read_metrics(tmp_path)
+    assert line["rewards/Game/mean"] == line["reward"] == 1.0 and line["rewards/Game/failed"] == 0
+    assert "step 1/1  reward +1.00" in capsys.readouterr().out
+
+
+# What build_trainer builds
+
+
+def test_another_trl_is_refused(monkeypatch):
+    for version in ("1.15.0", None):
+
+        def installed(name: str, version=version) -> str:
+            if version is None:
+                raise trl_version.importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(trl_version.importlib.metadata, "version", installed)
+        with pytest.raises(UserError, match=r"1\.16\.0"):
+            trl_version.check_trl_version()
+
+
+def test_a_reward_model_is_loaded_beside_an_encoder_decoder(build, models, tmp_path):
+    """TRL would load it with the class of the policy. And the arguments can be written as JSON."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "causal")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        num_labels=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    rows = Dataset.from_dict({"prompt": [f"summarize: number {number}." for number in range(8)]})
+    trainer = build([str(tmp_path / "judge"), reward("zero", [0.0] * 4)], kind="t5", rows=rows)
+    assert trainer.reward_func_names == ["judge", "zero"]
+    inputs = trainer._prepare_inputs([rows[0]] * 4)
+    assert inputs["advantages"].isfinite().all()
+    assert json.loads(trainer.args.to_json_string())["model_init_kwargs"]["dropout_rate"] == 0
+
+
+class Hub:
+    """As much of the Hub as a push asks for; `pushed` holds file name -> content of each push."""
+
+    def __init__(self):
+        self.pushed = []
+
+    def create_repo(self, name: str, **options):
+        """Return the repository of that name."""
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, folder_path: str, **options) -> None:
+        """Keep the folder's files."""
+        self.pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
+
+
+@pytest.mark.parametrize("kind", ["causal", "t5"])
+def test_sft_learns_the_reference_and_pushes_the_final_checkpoint_with_its_card(
+    kind, build, models, tmp_path, monkeypatch, capsys
+):
+    """Both kinds of model, with LoRA. The card's programs generate, and merge the adapter."""
+    hub = Hub()
+    monkeypatch.setattr(sys.modules["transformers.trainer"], "hf_api", lambda: hub)
+    rows = ROWS if kind == "causal" else ROWS.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+    flags = [
+        "--method",
+        "sft",
+        "--max_steps",
+        "6",
+        "--learning_rate",
+        "3e-2",
+        "--use_peft",
+        "true",
+        "--save_steps",
+        "3",
+    ]
+    flags += ["--lora_target_modules", *(["q", "v"] if kind == "t5" else ["q_proj", "v_proj"])]
+    flags += ["--push_to_hub", "true", "--hub_model_id", "somebody/short", "--max_completion_length", "5"]
+    log = RunLog(tmp_path, is_sft=True)
+    trainer = build([], *flags, kind=kind, rows=rows, callbacks=[log])
+    values = load_config(["--model_name_or_path", str(models / kind), "--dataset_name", "rows", *flags]).values
+    Run(tmp_path, "mine", values, []).write()
+    trainer.train()
+    losses = [line["loss"] for line in read_metrics(tmp_path)]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+    final = tmp_path / "final-checkpoint"
+    trainer.args.output_dir = str(final)
+    trainer.save_model()  # pushes it
+    (pushed,) = hub.pushed
+    assert pushed == {path.name: path.read_bytes() for path in final.iterdir()}
+    assert {"README.md", "curves.png", "adapter_model.safetensors", "tokenizer.json"} <= set(pushed)
+    card = pushed["README.md"].decode()
+    assert "# somebody/short" in card and "fine-tuned (SFT)" in card and str(tmp_path) not in card
+    earlier = [path.read_text() for path in tmp_path.glob("checkpoint-*/README.md")]
+    assert not any("fine-tuned (SFT)" in text for text in earlier)
+    adapter = json.loads((final / "adapter_config.json").read_text())
+    assert adapter["task_type"] == {"causal": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[kind]
+
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for program in re.findall("```python\n(.*?)```", card, re.DOTALL):
+        exec(program.replace("somebody/short", str(final)), {})  # noqa: S102  it is our own text
+    assert capsys.readouterr().out.strip() and (tmp_path / "merged/model.safetensors").exists()
+
+
+# Weight sync through shared memory
+
+
+def test_weights_reach_the_server_as_one_file(tmp_path, monkeypatch):
+    """The request names a folder that holds them while it is answered; nothing stays."""
+    monkeypatch.setenv("GRPO_SHARED_MEMORY", str(tmp_path))
+    client, requests = DiskSyncClient.__new__(DiskSyncClient), []
+    client.base_url = "http://server"
+
+    def post(url: str, json: dict) -> None:
+        requests.append((url, json["method"], load_file(Path(json["kwargs"]["path"]) / "model.safetensors")))
+
+    client._post = post
+    weight = torch.arange(6.0).reshape(2, 3)
+    client.init_communicator(torch.device("cpu"))
+    client.update_named_params([], iter([("head", weight.T), ("tied", weight)]))
+    ((url, method, weights),) = requests
+    assert url == "http://server/collective_rpc" and method == DiskSyncWorker.load_weights_from.__name__
+    assert torch.equal(weights["head"], weight.T) and torch.equal(weights["tied"], weight)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stock_client_refuses_a_cpu():
+    """When this fails, TRL can sync weights without CUDA, and weight_sync.py may go."""
+    client = VLLMClient.__new__(VLLMClient)
+    client.group_port, client.base_url = 1, "http://server"
+    client.get_server_info = lambda: {"weight_transfer_config": {"backend": "nccl"}}
+    client.get_world_size = lambda: 1
+    with pytest.raises(NotImplementedError):
+        client.init_communicator(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("device", "tied", "repacked"), [("cpu", True, 1), ("cpu", False, 0), ("cuda", True, 0)])
+def test_a_tied_head_is_packed_again_on_a_cpu(device, tied, repacked, monkeypatch):
+    calls, module = [], ModuleType("utils")
+    module.dispatch_cpu_unquantized_gemm = lambda head, remove_weight: calls.append(head)
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.layers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.utils", module)
+    worker, loaded = DiskSyncWorker(), []
+    model = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=tied), lm_head="head")
+    worker.device = torch.device(device)
+    worker.model_runner = SimpleNamespace(
+        reload_weights=lambda *, weights_path: loaded.append(weights_path), get_model=lambda: model
+    )
+    worker.load_weights_from("folder")
+    assert loaded == ["folder"] and calls == ["head"] * repacked
