@@ -1,19 +1,16 @@
-"""The search tool: what it finds, the budget, the index on disk, and every corpus, setting or query that cannot be used."""
+"""The search tool: what it finds, the budget, the index on disk, and what cannot be a corpus, setting or query."""
 
 import json
 import re
-import subprocess
-import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import bm25s
 import pytest
-from conftest import ROOT, test_data
+from outside_data import outside_data
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
-from grpo_launcher.messages import words
-from grpo_launcher.tools.search import NOTHING, SearchError, search
+from grpo_launcher.tools import NOTHING, search
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """corpus(lines of JSON) → a .jsonl file of them."""
+    """Return a function that writes lines of JSON into a .jsonl file."""
 
     def write(*rows) -> str:
         path = tmp_path / "corpus.jsonl"
@@ -50,7 +47,10 @@ QUERIES = {
     "Chinese": ("中国的防御", "[2] 长城: 长城是中国古代的防御工程。"),
     "a part of a Chinese name": ("北京", "[pku] 北京大学创办于1898年。"),
     "Chinese with a number": ("1898年", "[pku] 北京大学创办于1898年。"),
-    "an id and a title of its own, on one line": ("grass", "[40] Rabbit: Rabbits eat grass; [9] they live in burrows."),
+    "an id and a title of its own, on one line": (
+        "grass",
+        "[40] Rabbit: Rabbits eat grass; [9] they live in burrows.",
+    ),
     "a title": ("rabbit", "[40] Rabbit: Rabbits eat grass; [9] they live in burrows."),
     "no common word": ("quantum physics", NOTHING),
     "an id is no word": ("40", NOTHING),
@@ -89,15 +89,24 @@ FOUND_BY = 0.94  # of SQuAD's answerable questions; the library's own tokenisati
 
 def test_squad_questions_find_their_passages():
     """Among the first three of 120: more often than by the library's own tokenisation."""
-    path = test_data("squad/squad_v2.json")
-    parts = [part for article in json.loads(path.read_text(encoding="utf-8"))["data"] for part in article["paragraphs"]]
+    path = outside_data("squad/squad_v2.json")
+    parts = [
+        part for article in json.loads(path.read_text(encoding="utf-8"))["data"] for part in article["paragraphs"]
+    ]
     texts = list(dict.fromkeys(part["context"] for part in parts))
-    asked = [(one["question"], texts.index(part["context"])) for part in parts for one in part["qas"] if not one["is_impossible"]]
+    asked = [
+        (one["question"], texts.index(part["context"]))
+        for part in parts
+        for one in part["qas"]
+        if not one["is_impossible"]
+    ]
     tool = search(corpus=str(path), budget=100_000)
     hits = sum(re.search(rf"^\[{at + 1}\] ", tool(question), re.MULTILINE) is not None for question, at in asked)
     library = bm25s.BM25()
     library.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-    theirs, _ = library.retrieve(bm25s.tokenize([question for question, _ in asked], show_progress=False), k=3, show_progress=False)
+    theirs, _ = library.retrieve(
+        bm25s.tokenize([question for question, _ in asked], show_progress=False), k=3, show_progress=False
+    )
     library_hits = sum(at in found for (_, at), found in zip(asked, theirs, strict=True))
     assert hits / len(asked) >= FOUND_BY and hits >= library_hits, (hits, library_hits, len(asked))
 
@@ -105,7 +114,7 @@ def test_squad_questions_find_their_passages():
 @pytest.fixture(scope="module")
 def qwen():
     """A tokenizer as models have it."""
-    return AutoTokenizer.from_pretrained(test_data("qwen2.5_tokenizer"))
+    return AutoTokenizer.from_pretrained(outside_data("qwen2.5_tokenizer"))
 
 
 LONG = {
@@ -123,31 +132,28 @@ def test_the_budget_holds_in_tokens(budget, text, corpus, qwen):
     path = corpus(*({"text": text, "id": f"p{number}"} for number in range(4)))
     found = search(corpus=path, budget=budget, tokenizer=qwen)("Rollo 长城")
     assert budget - 20 < len(qwen.tokenize(found)) <= budget
-    assert found.startswith(f"[p0] {text[:2]}") and found.endswith(" …")
+    assert found.startswith(f"[p0] {text[:1]}") and found.endswith(" …")
 
 
 def test_whole_passages_first_and_the_last_one_cut(corpus):
-    """Counted in words without a tokenizer; an id counts as well; the first beginning shows however small the budget."""
+    """Counted in words without a tokenizer, the id too; no id stands without text."""
     path = corpus(*({"text": f"owl {letter} two three four"} for letter in "uvw"))
-    tool = {budget: search(corpus=path, budget=budget)("owl") for budget in (1, 6, 7, 8, 12, 15, 18)}
+    found = {budget: search(corpus=path, budget=budget)("owl") for budget in (4, 8, 15, 18)}
     whole = [f"[{number}] owl {letter} two three four" for number, letter in enumerate("uvw", 1)]
-    assert tool[1] == "[1] owl …" and tool[6] == tool[7] == whole[0]
-    assert tool[8] == f"{whole[0]}\n\n[2] owl …"
-    assert tool[12] == "\n\n".join(whole[:2]) and tool[15] == "\n\n".join([*whole[:2], "[3] owl w …"])
-    assert tool[18] == "\n\n".join(whole) and len(words(tool[15])) == 15
+    assert found[4] == "[1] owl …" and found[8] == f"{whole[0]} …"
+    assert found[15] == f"{whole[0]}\n\n{whole[1]} …" and found[18] == "\n\n".join(whole)
 
 
-def test_a_very_long_passage_is_not_counted_whole(corpus):
-    """A file without a blank line is one passage: its tokens must not be counted at every call."""
-    counted = []
+def test_a_very_long_passage_is_not_tokenized_whole(corpus, qwen):
+    """A file without a blank line is one passage."""
+    lengths = []
 
-    class Tokenizer:
-        def tokenize(self, text: str) -> list[str]:
-            counted.append(len(text))
-            return text.split()
+    def tokenizer(text, **options):
+        lengths.append(len(text))
+        return qwen(text, **options)
 
-    assert search(corpus=corpus({"text": "owl " * 100_000}), budget=10, tokenizer=Tokenizer())("owl") == "[1]" + " owl" * 8 + " …"
-    assert max(counted) < 1000
+    found = search(corpus=corpus({"text": "owl " * 100_000}), budget=10, tokenizer=tokenizer)("owl")
+    assert found.startswith("[1] owl owl") and max(lengths) < 1000
 
 
 def test_folders_and_single_files(tmp_path):
@@ -178,13 +184,19 @@ def test_a_corpus_of_stop_words_finds_nothing(corpus):
 
 def state(folder) -> dict:
     """Every file below a folder, with its time and content."""
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_the_index_is_built_once_for_a_corpus(corpus, cache, monkeypatch):
     """And anew for another; no file of it is a pickle."""
     tool, before = search(corpus=corpus(*PASSAGES)), state(cache)
-    assert len(list(cache.iterdir())) == 1 and not any(b"pickle" in name.encode() or name.endswith(".pkl") for name in before)
+    assert len(list(cache.iterdir())) == 1 and not any(
+        b"pickle" in name.encode() or name.endswith(".pkl") for name in before
+    )
     with monkeypatch.context() as patched:
         patched.setattr(bm25s.BM25, "index", None)  # building would fail
         again = search(corpus=corpus(*PASSAGES), k=1, budget=20)
@@ -192,18 +204,10 @@ def test_the_index_is_built_once_for_a_corpus(corpus, cache, monkeypatch):
     assert search(corpus=corpus(*PASSAGES[1:]))("Rollo") == NOTHING and len(list(cache.iterdir())) == 2
 
 
-def overwrite(path) -> None:
-    """The same length, another content."""
-    path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
-
-
 DAMAGE = {
     "a file is gone": ("vocab.index.json", lambda path: path.unlink()),
     "a file is empty": ("data.csc.index.npy", lambda path: path.write_bytes(b"")),
-    "other numbers": ("indices.csc.index.npy", overwrite),
     "no JSON": ("params.index.json", lambda path: path.write_text("{")),
-    "the seal is gone": ("seal", lambda path: path.unlink()),
-    "the seal is another": ("seal", overwrite),
 }
 
 
@@ -215,37 +219,17 @@ def test_a_damaged_index_is_built_anew(name, damage, corpus, cache):
     damage(next(cache.glob(f"*/{name}")))
     assert search(corpus=path)("Rollo") == found
     after = state(cache)
-    assert {key: value[2] for key, value in after.items()} == {key: value[2] for key, value in before.items()}
-    search(corpus=path)
-    assert state(cache) == after
+    assert after.keys() == before.keys()
+    assert search(corpus=path)("Rollo") == found and state(cache) == after
 
 
-def test_processes_may_build_at_once(corpus, cache):
-    """All find the same, and one index stays, nothing half done."""
+def test_several_may_build_at_once(corpus, cache):
+    """As ranks do: all find the same, and one index stays, nothing half done."""
     path = corpus(*({"text": f"owl {number} " + "word " * 50} for number in range(500)))
-    said = f"from grpo_launcher.tools.search import search; print('ready', flush=True); input(); print(search(corpus={path!r}, k=1)('owl 17'))"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen([sys.executable, "-c", said], cwd=ROOT, **pipes) for _ in range(3)]
-    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
-    for process in started:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    assert {process.communicate(timeout=120)[0][:11] for process in started} == {"[18] owl 17"}
-    assert len(list(cache.iterdir())) == 1 and len(state(cache)) == 6
-
-
-def test_a_bar_shows_where_it_takes_long(corpus, monkeypatch, capfd):
-    """From two seconds on."""
-    search(corpus=corpus(*PASSAGES))
-    assert capfd.readouterr().err == ""
-
-    def slowly(text: str) -> list[str]:
-        time.sleep(0.7)
-        return text.split()
-
-    monkeypatch.setattr("grpo_launcher.tools.search.words", slowly)
-    search(corpus=corpus(*PASSAGES))
-    assert "Indexing passages" in capfd.readouterr().err
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: search(corpus=path, k=1)("owl 17"), range(4)))
+    assert {text[:11] for text in found} == {"[18] owl 17"}
+    assert len(list(cache.iterdir())) == 1 and len(state(cache)) == 5
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(corpus, cache):
@@ -256,22 +240,42 @@ def test_a_cache_that_cannot_be_written_is_gone_without(corpus, cache):
 
 
 WRONG = {  # file, content → what the error says, the remedy behind it
-    "no such corpus": (None, None, r"nowhere\.jsonl is not there, seen from .*; give a \.jsonl file"),
+    "no such corpus": (None, None, r"nowhere\.jsonl is not there; give a \.jsonl file"),
     "an empty file": ("c.jsonl", b"\n", r"c\.jsonl holds no passage; give a \.jsonl file"),
     "a kind of file that is none": ("c.csv", b"a,b", r"c\.csv holds no passage; give a \.jsonl file"),
     "an empty folder": ("c/d.bin", b"", r"c holds no passage; give a \.jsonl file .* a folder of them"),
-    "another encoding": ("c.jsonl", b'{"text": "caf\xe9"}', r"c\.jsonl is not UTF-8 \(byte 13\); save it as UTF-8"),
-    "another encoding in a folder": ("c/d.txt", "\ufeffcafé".encode("utf-16"), r"d\.txt is not UTF-8 \(byte 0\); save"),
-    "a line without text": ("c.jsonl", b'{"text": "x"}\n\n{"title": "x"}', r"c\.jsonl, line 3: no text; give each passage a field text"),
+    "another encoding": ("c.jsonl", b'{"text": "caf\xe9"}', r"c\.jsonl cannot be read .*position 13.*in UTF-8"),
+    "another encoding in a folder": (
+        "c/d.txt",
+        "\ufeffcafé".encode("utf-16"),
+        r"d\.txt cannot be read .*position 0.*in UTF-8",
+    ),
+    "a line without text": (
+        "c.jsonl",
+        b'{"text": "x"}\n\n{"title": "x"}',
+        r"c\.jsonl, line 3: no text; give each passage a field text",
+    ),
     "a line whose text is none": ("c.jsonl", b'{"text": 3}', r"c\.jsonl, line 1: no text"),
     "a line whose text is empty": ("c.jsonl", b'{"text": " "}', r"c\.jsonl, line 1: no text"),
     "a line that is a list": ("c.jsonl", b'["x"]', r"c\.jsonl, line 1: no text"),
-    "a line that is no JSON": ("c.jsonl", b'{"text": "x"}\n{"text"', r"c\.jsonl, line 2 is not JSON: .*; mend it"),
-    "an id twice": ("c.jsonl", b'{"text": "x", "id": 2}\n{"text": "y"}', r"c\.jsonl: 2 passages are called \[2\]; give each its own id"),
-    "JSON of another form": ("c.json", b'[{"text": "x"}]', r"c\.json is not in SQuAD's form, data → paragraphs → context .*; give"),
-    "JSON without contexts": ("c.json", b'{"data": [{"paragraphs": [{"text": "x"}]}]}', r"c\.json is not in SQuAD's form, .*'context'"),
+    "a line that is no JSON": (
+        "c.jsonl",
+        b'{"text": "x"}\n{"text"',
+        r"c\.jsonl, line 2 cannot be read \(JSONDecodeError",
+    ),
+    "an id twice": (
+        "c.jsonl",
+        b'{"text": "x", "id": 2}\n{"text": "y"}',
+        r"c\.jsonl: 2 passages are called \[2\]; give each its own id",
+    ),
+    "JSON of another form": ("c.json", b'[{"text": "x"}]', r"c\.json cannot be read .*SQuAD's form"),
+    "JSON without contexts": (
+        "c.json",
+        b'{"data": [{"paragraphs": [{"text": "x"}]}]}',
+        r"c\.json cannot be read \(KeyError: 'context'",
+    ),
     "JSON without passages": ("c.json", b'{"data": []}', r"c\.json holds no passage"),
-    "a JSON file that is none": ("c.json", b"x", r"c\.json is not JSON: .*; mend it"),
+    "a JSON file that is none": ("c.json", b"x", r"c\.json cannot be read \(JSONDecodeError"),
 }
 
 
@@ -282,23 +286,33 @@ def test_a_corpus_that_cannot_be_used_is_named(name, content, said, tmp_path):
     if name:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-    with pytest.raises(SearchError, match=said):
+    with pytest.raises(ValueError, match=said):
         search(corpus=str(path.parent if "/" in (name or "") else path))
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"k": 0}, "k is 0"), ({"budget": -1}, "budget is -1"), ({"k": "3"}, "k is '3'"), ({"budget": 1.5}, "budget is 1.5"), ({"k": True}, "k is True")],
+    [
+        ({"k": 0}, "k is 0"),
+        ({"budget": -1}, "budget is -1"),
+        ({"k": "3"}, "k is '3'"),
+        ({"budget": 1.5}, "budget is 1.5"),
+        ({"k": True}, "k is True"),
+    ],
     ids=["no passage", "below nothing", "text", "half a token", "a truth"],
 )
 def test_a_setting_that_cannot_be_used_is_named(settings, said, corpus):
     """Before the corpus is read."""
-    with pytest.raises(SearchError, match=f"{said}, and has to be a whole number from 1 up"):
+    with pytest.raises(ValueError, match=f"{said} and must be an integer from 1 up"):
         search(corpus="nowhere", **settings)
 
 
-@pytest.mark.parametrize("query", ["", " \n", None, 5, ["Rollo"], {"query": "Rollo"}], ids=["empty", "spaces", "none", "number", "list", "object"])
+@pytest.mark.parametrize(
+    "query",
+    ["", " \n", None, 5, ["Rollo"], {"query": "Rollo"}],
+    ids=["empty", "spaces", "none", "number", "list", "object"],
+)
 def test_a_query_that_is_no_text_is_named(query, corpus):
     """Models pass such; TRL gives them the message."""
-    with pytest.raises(SearchError, match=r"search: query is .*, and has to be a text of a few words"):
+    with pytest.raises(ValueError, match=r"search: query is .* and must be a text of a few words"):
         search(corpus=corpus(*PASSAGES))(query)
