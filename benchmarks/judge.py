@@ -1,4 +1,4 @@
-"""How long 64 ratings take at concurrency 16 when the judge takes 200 ms for each: 0.8 s would be ideal; `python benchmarks/judge.py`."""
+"""Time 64 ratings, 16 at once, by a judge that takes 200 ms for each: `python benchmarks/judge.py`."""
 
 import asyncio
 import multiprocessing
@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.pop(0)  # else `rewards` would be the file beside this one
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # else `rewards` would be the file beside this one
 
 from judge_server import JudgeServer
 
@@ -36,7 +36,9 @@ def main() -> None:
         scores = asyncio.run(judge_reward(["Praise me"] * RATINGS, replies, base_url=url, concurrency=CONCURRENCY))
         took = time.perf_counter() - start
         assert scores == [8.0] * RATINGS
-        print(f"{RATINGS} ratings of {DELAY * 1000:.0f} ms, {CONCURRENCY} at once: {took:.2f} s; ideal {ideal:.2f} s; ratio {took / ideal:.2f}")
+        print(
+            f"{RATINGS} ratings of {DELAY} s, {CONCURRENCY} at once: {took:.2f} s, {took / ideal:.2f} times the ideal"
+        )
     pipe.send("enough")
     process.join()
 
