@@ -131,20 +131,16 @@ def choose_layout(
     _choose_devices(choice, layout, hardware)
     no_vllm = _why_no_vllm(values, is_seq2seq, is_quantized)
     if no_vllm:
-        if (
-            values["use_vllm"] and not is_seq2seq
-        ):  # seq2seq.check_seq2seq tells it with the other limits of such a model
+        if values["use_vllm"] and not is_seq2seq:  # seq2seq.check_seq2seq says it beside the model's other limits
             choice.refuse("use_vllm", f"true does not fit: {no_vllm}", "leave it out")
-        if options.colocate:
-            choice.refuse("--colocate", f"it does not fit: {no_vllm}", "leave it out: every device trains")
         choice.filled["use_vllm"] = False
     else:
         layout.use_vllm = values["use_vllm"] if "use_vllm" in given or options.ranks else True
         choice.filled["use_vllm"] = layout.use_vllm
     if layout.use_vllm:
         _choose_vllm(choice, layout, hardware, options)
-    elif (options.vllm_gpus or 1) > 1:
-        choice.refuse("--vllm_gpus", f"{options.vllm_gpus}: no vLLM server runs in this layout", "leave it out")
+    else:
+        _refuse_unused(choice, layout, options, no_vllm or "use_vllm is false")
     if not options.ranks:
         layout.ranks = len(layout.train_gpus) or CPU_RANKS
     return layout, choice.filled, choice.problems
@@ -197,18 +193,27 @@ def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: O
         _choose_server_gpus(choice, layout, hardware, options)
     choice.default("vllm_mode", layout.vllm_mode)
     if not layout.starts_server:
-        without_server = SERVER_FIELDS if layout.vllm_mode == "server" else ("vllm_server_args",)
-        for name in set(without_server) & set(given):
-            choice.refuse(
-                name, "the launcher starts no server in this layout", "leave it out, or give it to your server"
-            )
+        _refuse_unused(choice, layout, options, "the launcher starts no server in this layout")
     elif values["vllm_enable_sleep_mode"]:
         choice.refuse("vllm_enable_sleep_mode", "a server of its own never sleeps", "leave it out, or --colocate")
     if layout.vllm_mode == "server":
         _choose_weight_sync(choice, hardware, options)
         choice.default("vllm_server_timeout", SERVER_TIMEOUT)
-    elif (options.vllm_gpus or 1) > 1:
-        choice.refuse("--vllm_gpus", f"{options.vllm_gpus}: no vLLM server runs in this layout", "leave it out")
+
+
+def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: str) -> None:
+    """Refuse what would have no effect where the launcher starts no server."""
+    is_colocate = layout.use_vllm and layout.vllm_mode == "colocate"
+    names = ["vllm_server_args"] if is_colocate else SERVER_FIELDS  # the others are settings of vLLM in the ranks too
+    names = [name for name in names if name in choice.given]
+    if options.colocate and not layout.use_vllm:
+        names.append("--colocate")
+    if (options.vllm_gpus or 1) > 1:
+        names.append("--vllm_gpus")
+    if options.sync and (is_colocate or not layout.use_vllm):
+        names.append("--sync")
+    for name in names:
+        choice.refuse(name, f"it has no effect: {reason}", "leave it out")
 
 
 def _choose_server_gpus(choice: _Choice, layout: Layout, hardware: Hardware, options: Options) -> None:
