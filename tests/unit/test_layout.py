@@ -1,0 +1,174 @@
+"""Who trains and who generates: what is given is obeyed or refused, never changed."""
+
+import pytest
+
+from grpo_launcher.config import load_config
+from grpo_launcher.layout import SERVER_FIELDS, SERVER_TIMEOUT, Gpu, Hardware, Options, choose_layout
+
+VALUES = load_config(["--model_name_or_path", "m", "--dataset_name", "d"]).values
+
+
+def choose(gpus: int, *, options: Options | None = None, is_seq2seq: bool = False, **given):
+    """Return the layout for so many GPUs, the fields as they end, and the fields that are refused."""
+    hardware = Hardware([Gpu(str(index), 24) for index in range(gpus)], [0, 1], 32)
+    values = VALUES | given
+    layout, filled, problems = choose_layout(values, list(given), hardware, options or Options(), is_seq2seq)
+    if not problems:
+        changed = {name for name, value in given.items() if (values | filled)[name] != value}
+        assert not changed, f"changed in silence: {changed}"
+    return layout, values | filled, [problem.field for problem in problems]
+
+
+def ids(gpus: list[Gpu]) -> list[str]:
+    return [gpu.id for gpu in gpus]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "server_gpus", "mode"),
+    [
+        (0, 2, [], "server"),
+        (1, 1, [], "colocate"),
+        (2, 1, ["1"], "server"),
+        (4, 3, ["3"], "server"),
+        (8, 7, ["7"], "server"),
+    ],
+)
+def test_the_hardware_decides(gpus, ranks, server_gpus, mode):
+    """The last GPU generates and the others train. One GPU does both. The CPU has two ranks and a server."""
+    layout, values, refused = choose(gpus)
+    assert refused == [] and layout.ranks == ranks and layout.use_vllm and values["use_vllm"]
+    assert ids(layout.server_gpus) == server_gpus
+    assert ids(layout.train_gpus) == [str(index) for index in range(gpus - len(server_gpus))]
+    assert layout.vllm_mode == values["vllm_mode"] == mode and layout.starts_server == (mode == "server")
+    assert layout.parallel == values["parallel"] == "zero3"
+    assert (values["bf16"], values["use_cpu"]) == (gpus > 0, gpus == 0)
+    if mode == "server":
+        assert values["weight_sync"] == ("nccl" if gpus else "disk")
+        assert values["vllm_server_timeout"] == SERVER_TIMEOUT
+    phrase = "colocate" if gpus == 1 else f"vLLM server on {'GPU ' + server_gpus[0] if gpus else 'the CPU'}"
+    assert layout.describe().startswith(f"{ranks} ZeRO-3 rank") and phrase in layout.describe()
+
+
+@pytest.mark.parametrize(("options", "given"), [(Options(colocate=True), {}), (None, {"vllm_mode": "colocate"})])
+@pytest.mark.parametrize("gpus", [0, 1, 4])
+def test_colocate_uses_every_gpu(gpus, options, given):
+    layout, values, refused = choose(gpus, options=options, **given)
+    if gpus == 0:
+        assert refused == ["--colocate" if options else "vllm_mode"], "there is nothing to share"
+        return
+    assert refused == [] and layout.ranks == gpus and not layout.starts_server and layout.server_gpus == []
+    assert layout.vllm_mode == values["vllm_mode"] == "colocate"
+
+
+@pytest.mark.parametrize(
+    ("options", "given"), [(Options(vllm_gpus=2), {}), (None, {"vllm_tensor_parallel_size": 2})], ids=["flag", "field"]
+)
+@pytest.mark.parametrize("gpus", [0, 2, 4])
+def test_a_server_on_two_gpus(gpus, options, given):
+    """The last two. At least one must train."""
+    layout, _, refused = choose(gpus, options=options, **given)
+    assert refused == ([] if gpus == 4 else ["--vllm_gpus"])
+    if gpus == 4:
+        assert layout.ranks == 2 and ids(layout.server_gpus) == ["2", "3"] and ids(layout.train_gpus) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "given", "field"),
+    {
+        "two sizes": (4, Options(vllm_gpus=2), {"vllm_tensor_parallel_size": 1}, "--vllm_gpus"),
+        "server GPUs and colocate": (4, Options(colocate=True, vllm_gpus=2), {}, "--vllm_gpus"),
+        "server and --colocate": (4, Options(colocate=True), {"vllm_mode": "server"}, "--colocate"),
+        "server on one GPU": (1, None, {"vllm_mode": "server"}, "vllm_mode"),
+        "colocate at a URL": (4, None, {"vllm_mode": "colocate", "vllm_server_base_url": "http://a:1"}, "vllm_mode"),
+        "NCCL without a GPU": (0, None, {"weight_sync": "nccl"}, "weight_sync"),
+        "--sync nccl without a GPU": (0, Options(sync="nccl"), {}, "--sync"),
+        "two ways to sync": (4, Options(sync="disk"), {"weight_sync": "nccl"}, "--sync"),
+        "the CPU beside GPUs": (2, None, {"use_cpu": True}, "use_cpu"),
+        "a GPU that is not there": (0, None, {"use_cpu": False}, "use_cpu"),
+        "fp16 on the CPU": (0, None, {"fp16": True}, "fp16"),
+        "sleep of a server": (2, None, {"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode"),
+        "vLLM with 4 bits": (1, None, {"load_in_4bit": True, "use_vllm": True}, "use_vllm"),
+        "vLLM in SFT": (1, None, {"method": "sft", "use_vllm": True}, "use_vllm"),
+        "server GPUs in SFT": (4, Options(vllm_gpus=2), {"method": "sft"}, "--vllm_gpus"),
+        "server GPUs without vLLM": (4, Options(vllm_gpus=2), {"use_vllm": False}, "--vllm_gpus"),
+        "server arguments without vLLM": (
+            4,
+            None,
+            {"use_vllm": False, "vllm_server_args": ["--x"]},
+            "vllm_server_args",
+        ),
+        "--colocate without vLLM": (4, Options(colocate=True), {"use_vllm": False}, "--colocate"),
+        "--sync and colocate": (1, Options(sync="disk"), {}, "--sync"),
+        "server GPUs at a URL": (4, Options(vllm_gpus=2), {"vllm_server_base_url": "http://a:1"}, "--vllm_gpus"),
+        "colocate in SFT": (4, Options(colocate=True), {"method": "sft"}, "--colocate"),
+    }.values(),
+)
+def test_what_cannot_be_obeyed_is_refused(gpus, options, given, field):
+    assert choose(gpus, options=options, **given)[2] == [field]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "given"),
+    {
+        "no bf16 on a GPU": (2, None, {"bf16": False}),
+        "bf16 on the CPU": (0, None, {"bf16": True}),
+        "fp16": (2, None, {"fp16": True, "bf16": False}),
+        "server": (4, None, {"vllm_mode": "server"}),
+        "server on the CPU": (0, None, {"vllm_mode": "server", "use_cpu": True}),
+        "no vLLM": (4, None, {"use_vllm": False}),
+        "DDP": (4, None, {"parallel": "ddp"}),
+        "sync over a disk": (4, None, {"weight_sync": "disk"}),
+        "time limit": (4, None, {"vllm_server_timeout": 30.0}),
+        "sleep of colocate": (1, None, {"vllm_enable_sleep_mode": True}),
+        "memory of colocate": (1, None, {"vllm_gpu_memory_utilization": 0.5, "vllm_model_impl": "transformers"}),
+        "memory of a server": (2, None, {"vllm_gpu_memory_utilization": 0.5, "vllm_server_args": ["--x"]}),
+    }.values(),
+)
+def test_what_is_given_is_obeyed(gpus, options, given):
+    """choose() compares every given field with its value in the end."""
+    assert choose(gpus, options=options, **given)[2] == []
+
+
+def test_fp16_takes_the_place_of_bf16():
+    assert not choose(1, fp16=True)[1]["bf16"]
+    assert choose(4, options=Options(sync="disk"))[1]["weight_sync"] == "disk"
+
+
+def test_a_server_of_the_users_own():
+    """None is started, every GPU trains, and its fields are refused, as they would go nowhere."""
+    url = {"vllm_server_base_url": "http://10.0.0.1:8000"}
+    for gpus in (0, 1, 4):
+        layout, values, refused = choose(gpus, **url)
+        assert refused == [] and not layout.starts_server and layout.ranks == (gpus or 2)
+        assert values["vllm_mode"] == "server" and "http://10.0.0.1:8000" in layout.describe()
+    assert choose(0, options=Options(sync="disk"), **url)[2] == []
+    for field in SERVER_FIELDS:
+        value = ["--x"] if field == "vllm_server_args" else 2
+        assert choose(4, **url, **{field: value})[2] == [field]
+    assert choose(1, vllm_server_args=["--x"])[2] == ["vllm_server_args"], "colocate starts none either"
+
+
+@pytest.mark.parametrize(
+    ("given", "is_seq2seq", "parallel", "phrase"),
+    [
+        ({"method": "sft"}, False, "zero3", "no generation (SFT)"),
+        ({}, True, "zero3", "transformers on every device"),
+        ({"load_in_4bit": True}, False, "ddp", "generation by transformers"),
+        ({"load_in_8bit": True}, False, "ddp", "generation by transformers"),
+    ],
+)
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_every_device_trains_where_vllm_cannot_generate(gpus, given, is_seq2seq, parallel, phrase):
+    layout, values, refused = choose(gpus, is_seq2seq=is_seq2seq, **given)
+    assert refused == [] and layout.ranks == (gpus or 2) and len(layout.train_gpus) == gpus
+    assert not layout.use_vllm and not values["use_vllm"] and not layout.starts_server
+    assert layout.parallel == values["parallel"] == parallel and phrase in layout.describe()
+
+
+def test_ranks_that_somebody_else_started_keep_trls_meaning():
+    """Under `accelerate launch` vLLM is used where the recipe says so, in the mode that it says."""
+    layout, values, refused = choose(4, options=Options(ranks=2))
+    assert refused == [] and layout.ranks == 2 and not layout.use_vllm and not values["use_vllm"]
+    layout, values, refused = choose(4, options=Options(ranks=2), use_vllm=True)
+    assert refused == [] and layout.vllm_mode == values["vllm_mode"] == VALUES["vllm_mode"]
+    assert not layout.starts_server
