@@ -102,9 +102,7 @@ FUNCTIONS["ceil"] = lambda value: -_floor(-value)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.Pow: _power, ast.FloorDiv: lambda a, b: _floor(a / b), ast.Mod: lambda a, b: a - b * _floor(a / b)}
 
-CORPUS = (
-    "give a .jsonl file (a field text a line), a .json file in SQuAD's form, or a .txt or .md file or a folder of them"
-)
+CORPUS = "give a .jsonl file (a field text a line), or a .txt or .md file or a folder of them, in UTF-8"
 NOTHING = "No passage matches this query; try other words."
 ENDING = re.compile(r"(?<=\w{3})(?:ies|es|s|ed|ing|ly|e|y)$")
 PIECE = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})\S){{1,20}}")
@@ -114,8 +112,8 @@ def search(*, corpus: str, k: int = 3, budget: int = 200, tokenizer=None) -> Cal
     """Return the tool `search` over a corpus in English or Chinese: BM25, with an index that is kept on disk.
 
     Args:
-        corpus: path of a .jsonl file (text, and perhaps id and title, a line), a .json file in SQuAD's form, or a .txt
-            or .md file or a folder of them (paragraphs). Passages without an id get their number from 1 on.
+        corpus: path of a .jsonl file (text, and perhaps id and title, a line), or of a .txt or .md file or a folder of
+            them (paragraphs). Passages without an id get their number from 1 on.
         k: passages in a result, by falling score.
         budget: tokens of a result (words without a tokenizer); the rest is cut.
         tokenizer: that of the model.
@@ -198,25 +196,14 @@ def _read_rows(path: Path) -> list[tuple[str, dict]]:
             text = file.read_text(encoding="utf-8-sig")
             if file.suffix in (".txt", ".md"):
                 rows += [(place, {"text": part}) for part in re.split(r"\n\s*\n", text) if part.strip()]
-            elif file.suffix == ".json":
-                rows += [(place, row) for row in _squad_rows(json.loads(text))]
             elif file.suffix == ".jsonl":
                 for number, line in enumerate(text.split("\n"), 1):
                     place = f"{file}, line {number}"
                     if line.strip():
                         rows.append((place, json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"cannot be read ({type(error).__name__}: {error})"
-            raise ValueError(f"search: corpus {place} {problem}; {CORPUS}, in UTF-8") from error
+        except ValueError as error:
+            raise ValueError(f"search: corpus {place}: {type(error).__name__}: {error}; {CORPUS}") from error
     return rows
-
-
-def _squad_rows(squad: dict) -> list[dict]:
-    titles: dict[str, str] = {}  # a context that stands twice counts once, with its first title
-    for article in squad["data"]:
-        for part in article["paragraphs"]:
-            titles.setdefault(part["context"], (article.get("title") or "").replace("_", " "))
-    return [{"text": context, "title": title} for context, title in titles.items()]
 
 
 def _index(texts: list[str]):
