@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grpo_launcher import hub
 from grpo_launcher.errors import EXIT_REFUSED, UserError
-from grpo_launcher.runs import FINAL, STOPPED, Run, load_run
+from grpo_launcher.runs import FINAL, Run, load_run
 
 EXIT_GUARD = 3
 
@@ -59,35 +59,40 @@ def main(argv: list[str]) -> int:
         callbacks=[RunLog(run.folder, is_sft=is_sft), guards],
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    save(trainer, run)
-    return EXIT_GUARD if (run.folder / STOPPED).exists() else 0
+    save(trainer, run, guards.stopped)
+    return EXIT_GUARD if guards.stopped else 0
 
 
-def save(trainer, run: Run) -> None:
-    """Save the final checkpoint, unless a guard stopped the run, and draw the curves."""
+def save(trainer, run: Run, stopped: str | None) -> None:
+    """Save the final checkpoint, unless a guard stopped the run, and draw the curves.
+
+    Args:
+        trainer: after the training.
+        run: the run.
+        stopped: the message of the guard that stopped it, the same on all ranks.
+    """
     from grpo_launcher.callbacks import print_summary
     from grpo_launcher.report import plot_run
 
-    is_stopped = (run.folder / STOPPED).exists()
-    if not is_stopped:
+    if not stopped:
         trainer.args.output_dir = str(run.folder / FINAL)  # TRL pushes this folder, and not the run's logs and paths
         trainer.save_model()
         trainer.create_model_card()
     if trainer.is_world_process_zero():
         plot_run(run.folder)
         print_summary(run.folder)
-        print(
-            f"Stopped by a guard: {run.folder / STOPPED}" if is_stopped else f"Saved {run.folder / FINAL}", flush=True
-        )
+        if not stopped:
+            print(f"Saved {run.folder / FINAL}", flush=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-if __name__ == "__main__":
+def run(argv: list[str]) -> None:
+    """Run main() as a program: messages of a refusal, and the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     hub.use_cache_if_unreachable()
     try:
-        status = main(sys.argv[1:])
+        status = main(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_REFUSED
@@ -98,3 +103,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -83,7 +83,7 @@ class Recipe(ScriptArguments):
     )
     guards: dict | str | None = field(
         default=None,
-        **_help("Ranges of metrics: {kl: {max: 0.5, steps: 3}, entropy: null}. See docs/launcher.md."),
+        **_help("Ranges of metrics: {kl: {max: 0.5, steps: 3}, entropy: null}. See docs/rewards.md."),
     )
     eval_rows: int | None = field(
         default=None, **_help("Number of test prompts in an evaluation: the first of the split. Default: all.")

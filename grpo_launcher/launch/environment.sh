@@ -20,6 +20,11 @@ for line in open(sys.argv[1], encoding="utf-8"):
 EOF
 }
 
+# Whether the interpreter $1 imports grpo_launcher from this checkout.
+has_project() {
+    "$1" -P -c 'import grpo_launcher, os, sys; sys.exit(not os.path.samefile(os.path.dirname(grpo_launcher.__file__), sys.argv[1]))' "$here/grpo_launcher" 2>/dev/null
+}
+
 find_python() {
     local candidate
     for candidate in python3.11 python3 python; do
@@ -73,20 +78,24 @@ install() {
 
 if [[ " $* " == *" --no-install "* ]]; then
     PYTHON=$(command -v python || command -v python3) || fail "--no-install: there is no python on the PATH."
-elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && suitable "$(command -v python)"; then
+elif [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && suitable "$(command -v python)" && has_project python; then
     PYTHON=$(command -v python)
 else
     PYTHON="$here/.venv/bin/python"
-    exec 9>"$here/.venv.lock"
-    flock --nonblock 9 || { echo "Waiting for another installation into .venv"; flock 9; }
     stamp=$(cat "$lock" "$here/pyproject.toml" | sha256sum | cut -d' ' -f1)
-    if [ "$(cat "$here/.venv/installed" 2>/dev/null)" != "$stamp" ]; then
-        install
-        "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check --editable "$here" ||
-            fail "the project itself could not be installed into .venv; the messages above say why."
-        suitable "$PYTHON" && "$PYTHON" -c 'import torch, grpo_launcher' || fail "the environment .venv is not whole (for a machine without a GPU torch must come from PyTorch's CPU wheel index); remove the folder .venv and start again."
-        echo "$stamp" >"$here/.venv/installed"
+    installed() { [ "$(cat "$here/.venv/installed" 2>/dev/null)" = "$stamp" ]; }
+    if ! installed; then
+        { exec 9>"$here/.venv.lock"; } 2>/dev/null || fail "$here cannot be written, and its .venv is not installed for $lock; use an environment of your own with --no-install."
+        flock --nonblock 9 || { echo "Waiting for another installation into .venv"; flock 9; }
+        if ! installed; then
+            install
+            "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --disable-pip-version-check --editable "$here" 2>"$here/.venv/pip.log" ||
+                { cat "$here/.venv/pip.log" >&2; fail "the project itself could not be installed into .venv."; }
+            suitable "$PYTHON" && "$PYTHON" -c 'import torch, grpo_launcher' || fail "the environment .venv is not whole (for a machine without a GPU torch must come from PyTorch's CPU wheel index); remove the folder .venv and start again."
+            echo "$stamp" >"$here/.venv/installed"
+        fi
+        exec 9>&-
     fi
-    exec 9>&-
 fi
+has_project "$PYTHON" || fail "grpo_launcher of this folder is not installed in the environment of $PYTHON. Fix: $PYTHON -m pip install --no-deps --editable $here"
 export PATH="$(dirname "$PYTHON"):$PATH" # DeepSpeed looks for ninja there

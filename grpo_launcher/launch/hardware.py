@@ -1,5 +1,6 @@
 """What this machine has to offer, without torch."""
 
+import itertools
 import os
 import shutil
 import socket
@@ -63,12 +64,11 @@ def is_port_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return `count` different ports of 127.0.0.1 that are free now."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Return `count` different ports of 127.0.0.1 that are free now.
+
+    They are outside the range from which Linux takes the ports of outgoing connections, so that none of these occupies
+    one before the server listens. The search starts at a number of this process, so that two launchers do not meet.
+    """
+    start = os.getpid() * 8 % 10_000
+    candidates = (20_000 + (start + offset) % 10_000 for offset in range(10_000))
+    return list(itertools.islice((port for port in candidates if is_port_free(port)), count))

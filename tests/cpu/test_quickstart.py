@@ -1,0 +1,138 @@
+"""The main job as a user sees it: bash launch_train.sh, with a real server and real ZeRO-3 ranks on the CPU."""
+
+import json
+import re
+from statistics import mean
+
+import pytest
+import torch
+from datasets import load_dataset
+from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_launcher import runs
+from grpo_launcher.launch.supervise import supervise
+from grpo_launcher.quickstart.corpus import vocabulary, words
+
+
+@pytest.fixture(scope="module")
+def run(module_workplace, launch) -> Launch:
+    """The finished `bash launch_train.sh`."""
+    return launch(module_workplace).finish()
+
+
+def test_it_learns(run):
+    """The reward rises by 60 % of what was seen, KL stays small, and no completion is cut off."""
+    lines = run.metrics()
+    first, last = means(lines, "reward")
+    assert last - first >= 40, (first, last)
+    assert means(lines, "kl")[1] <= 0.2
+    assert means(lines, "completions/clipped_ratio")[1] <= 0.05
+
+
+def complete(checkpoint, prompts: list) -> list[str]:
+    """Sample a completion of each prompt, without this project's code."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    inputs = tokenizer.apply_chat_template(prompts, **options)
+    torch.manual_seed(0)
+    ids = model.generate(**inputs, max_new_tokens=200, do_sample=True, temperature=1.0, top_k=0)
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_it_learns_for_posts_that_it_never_saw(run):
+    """The completions come nearer to 200 characters and still are words."""
+    data = run.folder / "data"
+    prompts = list(load_dataset(str(data / "quickstart"), split="test")["prompt"])
+    before, after = (complete(path, prompts) for path in (data / "quickstart-model", run.run_folder() / runs.FINAL))
+    distances = [mean(abs(200 - len(text)) for text in texts) for texts in (before, after)]
+    assert distances[1] <= 0.65 * distances[0], distances
+    known = vocabulary()
+    assert mean(word in known for text in after for word in words(text)) >= 0.95
+
+
+def test_two_ranks_and_a_server_ran(run):
+    """Both ranks and the server were processes of their own, and the checkpoint holds the shards of two ranks."""
+    lines = run.command_lines
+    assert {rank for rank, line in lines if "train.py --run" in line and "accelerate" not in line} == {"0", "1"}
+    assert any("vllm.entrypoints.openai.api_server" in line for _, line in lines)
+    shards = {path.name for path in (run.run_folder() / "checkpoint-10/global_step10").iterdir()}
+    assert {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)} <= shards
+
+
+def test_server_and_trainer_hold_the_same_weights(run):
+    """Their log-probabilities agree in every step."""
+    assert len(run.metrics()) == 20 and is_in_sync(run.metrics())
+
+
+def test_without_the_sync_they_do_not(run, monkeypatch):
+    """The same run with the sync switched off: the test above can fail."""
+    finished = runs.load_run(run.run_folder())
+    monkeypatch.chdir(run.folder)
+    folder = run.run_folder().parent / "unsynced"
+    finished.folder, finished.values = folder, finished.values | {"output_dir": str(folder), "max_steps": 4}
+    finished.write()
+    (folder / runs.ACCELERATE_FILE).write_text((run.run_folder() / runs.ACCELERATE_FILE).read_text())
+    argv = finished.commands["trainer"]["argv"]
+    argv = [str(ROOT / "tests/cpu/train_without_sync.py") if part.endswith("train.py") else part for part in argv]
+    finished.commands["trainer"]["argv"] = [*argv[:-1], str(folder)]
+    url = f"http://127.0.0.1:{finished.values['vllm_server_port']}"
+    assert supervise(finished, url, 300) == 0
+    lines = read_metrics(folder)
+    assert max(line["sampling/sampling_logp_difference/max"] for line in lines) > 1e-2
+
+
+def test_the_run_folder_is_whole(run):
+    """It holds all that chat, comparison and a repeat need."""
+    folder = run.run_folder()
+    assert folder.relative_to(run.folder.resolve()).as_posix() == "trainOutput/quickstart/1"
+    for name in [
+        "recipe.yaml",
+        "run.json",
+        "accelerate.yaml",
+        "metrics.jsonl",
+        "train.log",
+        "server.log",
+        "curves.png",
+    ]:
+        assert (folder / name).stat().st_size > 0, name
+    for name in ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]:
+        assert (folder / runs.FINAL / name).exists(), name
+    assert len(list((folder / "completions").glob("*.parquet"))) == 20
+    loaded = runs.load_run(folder)
+    assert loaded.versions["trl"] and "Summarise" in loaded.system_prompt
+    assert [line["step"] for line in run.metrics()] == list(range(1, 21))
+
+
+def test_the_console_shows_the_run(run):
+    """A line a step, samples and a table. No warning, and no flood of library messages."""
+    text = run.text()
+    assert "quickstart.yaml" in text
+    assert text.count("  reward ") >= 20 and "step 20/20" in text and "0:00 left" in text
+    assert text.count("sample at step") == 5
+    assert "Saved trainOutput/quickstart/1/final-checkpoint" in text
+    assert "Warning" not in text and len(text.splitlines()) < 160
+
+
+def test_nothing_is_left(run):
+    """No process, and no file in shared memory."""
+    assert run.leftovers() == []
+
+
+def test_the_card_loads_the_model(run):
+    """The final checkpoint has a model card of this run, and its Python code works as it stands."""
+    final = run.run_folder() / runs.FINAL
+    text = (final / "README.md").read_text()
+    assert "# quickstart/1" in text and "## Samples" in text and (final / "curves.png").exists()
+    program = re.search("```python\n(.*?)```", text, re.S)[1]
+    assert len(run_python("-c", program, cwd=run.folder).stdout.split()) > 3
+
+
+def test_its_recipe_starts_the_same_run(run):
+    """recipe.yaml in the run folder gives the values of the run."""
+    script = "import json, sys; from grpo_launcher.config import load_config\n"
+    script += "print(json.dumps(load_config(sys.argv[1:]).values))"
+    output = run_python("-c", script, "--config", run.run_folder() / "recipe.yaml", cwd=run.folder).stdout
+    again, values = json.loads(output), runs.load_run(run.run_folder()).values
+    for name in ("beta", "learning_rate", "reward_kwargs", "per_device_train_batch_size", "dataset_name"):
+        assert again[name] == values[name], name

@@ -1,0 +1,66 @@
+"""Tools in a real run: two ranks that need different numbers of turns, and a model that was taught to call."""
+
+import sys
+from statistics import mean
+
+import pandas
+import pytest
+from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_python
+
+from grpo_launcher import runs
+from grpo_launcher.launch.supervise import supervise
+from grpo_launcher.messages import tool_calls
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, launch) -> Launch:
+    """Ten steps of configs/quickstart_calculator.yaml."""
+    folder = tmp_path_factory.mktemp("tools")
+    run_python("-m", "grpo_launcher.quickstart.tools", "--output", folder / "data", cwd=folder)
+    return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), "--max_steps", "10").finish()
+
+
+@pytest.mark.parametrize("measure", ["tool_success", "calculation_accuracy"])
+def test_calls_and_answers_become_right(run, measure):
+    """More calls that work, and more right answers."""
+    first, last = means(run.metrics(), f"rewards/{measure}/mean", first=2, last=3)
+    assert last > first + 0.15, f"{measure}: {first:.2f} -> {last:.2f}"
+
+
+def test_every_completion_belongs_to_its_prompt(run):
+    """Server and trainer agree on every token, and a call is about its own prompt."""
+    lines = run.metrics()
+    assert len(lines) == 10 and is_in_sync(lines)
+    table = pandas.concat(map(pandas.read_parquet, sorted((run.run_folder() / "completions").glob("*.parquet"))))
+    turns = table.completion.map(lambda messages: sum(message["role"] == "assistant" for message in messages))
+    assert {1, 2} <= set(turns) and abs(turns.mean() - mean(line["tools/turns"] for line in lines)) < 1e-6
+    calls = [
+        (row.prompt[-1]["content"], call)
+        for row in table.itertuples()
+        for call in tool_calls(list(row.completion))[:1]
+    ][-128:]
+    assert mean(call.arguments.get("expression", "-") in prompt for prompt, call in calls) > 0.6
+    assert len({prompt for prompt, _ in calls}) > 8
+    assert all(line["tools/tokens"] > 0 and line["tools/call_frequency"] > 0 for line in lines)
+    assert "(turns with tools)" in run.text() and "→ calculator(expression=" in run.text()
+
+
+def test_trls_own_tool_loop_still_mixes_prompts_up(run, monkeypatch):
+    """Without our lockstep the run fails or mixes prompts up. Where it does not, the override can go (trl#6673)."""
+    finished = runs.load_run(run.run_folder())
+    monkeypatch.chdir(run.folder)
+    folder = run.run_folder().parent / "stock"
+    finished.folder, finished.values = folder, finished.values | {"output_dir": str(folder), "max_steps": 2}
+    finished.write()
+    (folder / runs.ACCELERATE_FILE).write_text((run.run_folder() / runs.ACCELERATE_FILE).read_text())
+    argv = finished.commands["trainer"]["argv"]
+    argv = [str(ROOT / "tests/cpu/train_stock_tools.py") if part.endswith("train.py") else part for part in argv]
+    finished.commands["trainer"]["argv"] = ["timeout", "120", *argv[:-1], str(folder)]
+    status = supervise(finished, f"http://127.0.0.1:{finished.values['vllm_server_port']}", 300)
+    log = (folder / "train.log").read_text()
+    is_lost = status == 124 or (status != 0 and "in _tool_call_loop" in log)
+    differences = []
+    if (folder / runs.METRICS).exists():
+        differences = [line["sampling/sampling_logp_difference/max"] for line in read_metrics(folder)]
+    print(status, differences, file=sys.stderr)
+    assert is_lost or max(differences) > 1e-2, log[-3000:]

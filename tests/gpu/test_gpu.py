@@ -1,0 +1,66 @@
+"""The layouts that need a GPU. They run where one is visible (two for a server of its own), and are skipped elsewhere."""
+
+import pytest
+from helpers import ROOT, Launch, run_python
+
+from grpo_launcher.launch.hardware import find_gpus
+
+pytestmark = pytest.mark.slow
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+SHORT = ["--max_steps", "3", "--sample_every", "0"]
+one_gpu = pytest.mark.skipif(len(find_gpus()) < 1, reason="no GPU is visible")
+two_gpus = pytest.mark.skipif(len(find_gpus()) < 2, reason="fewer than two GPUs are visible")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the quickstart's model and posts."""
+    folder = tmp_path_factory.mktemp("gpu")
+    run_python("-m", "grpo_launcher.quickstart", "--output", folder / "data", cwd=folder)
+    return folder
+
+
+def train(folder, *flags: str, limit: float = 1e-2) -> Launch:
+    """Run the quickstart in float32, and hold server and trainer against each other."""
+    run = Launch(folder, QUICKSTART, *SHORT, *flags)
+    try:
+        run.finish()
+        differences = [line.get("sampling/sampling_logp_difference/max", 0) for line in run.metrics()]
+        assert len(differences) >= 3 and max(differences) < limit
+        assert run.leftovers() == []
+    finally:
+        run.end()
+    return run
+
+
+@one_gpu
+def test_colocate_on_one_gpu(folder):
+    """VLLM inside the trainer. bf16: false is obeyed."""
+    run = train(folder, "--bf16", "false", "--colocate")
+    assert "colocate" in run.text() and (run.run_folder() / "final-checkpoint/model.safetensors").exists()
+
+
+@one_gpu
+def test_resume_on_one_gpu(folder):
+    """A finished run goes on."""
+    train(folder, "--bf16", "false", "--colocate", "--save_steps", "3")
+    run = Launch(folder, QUICKSTART, "--resume", "--max_steps", "5", "--sample_every", "0")
+    run.finish()
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5]
+
+
+@one_gpu
+def test_four_bit_weights_train_a_step(folder):
+    """QLoRA: bf16, generation by transformers."""
+    flags = ["--model_name_or_path", "data/quickstart-model", "--dataset_name", "data/quickstart", "--max_steps", "1"]
+    flags += ["--max_completion_length", "32", "--warmup_steps", "0", "--gradient_accumulation_steps", "1"]
+    run = Launch(folder, str(ROOT / "configs/tldr_qlora.yaml"), *flags).finish()
+    assert run.metrics()[0]["grad_norm"] > 0
+
+
+@two_gpus
+@pytest.mark.parametrize("sync", ["nccl", "disk"])
+def test_a_server_on_its_own_gpu(folder, sync):
+    """The weights reach the server over NCCL and through shared memory."""
+    run = train(folder, "--bf16", "false", "--sync", sync)
+    assert "vLLM server on GPU" in run.text()

@@ -1,0 +1,143 @@
+"""Shared by the tests: where things are, and real runs whose processes carry a mark, by which any is found."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_DATA = Path(os.environ.get("TEST_DATA", ROOT / "../shared/data")).resolve()
+MARK = "GRPO_TEST_MARK"
+
+
+def test_data(relative: str) -> Path:
+    """Return a file or folder of the outside data, or skip the test."""
+    path = TEST_DATA / relative
+    if not path.exists():
+        pytest.skip(f"{path} is not there (TEST_DATA names the folder)")
+    return path
+
+
+test_data.__test__ = False
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Return the living processes that were started, by whomever, with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def means(lines: list[dict], name: str, first: int = 3, last: int = 5) -> tuple[float, float]:
+    """Return the mean of a metric over the first and over the last lines that have it."""
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return sum(values[:first]) / first, sum(values[-last:]) / last
+
+
+def is_in_sync(lines: list[dict]) -> bool:
+    """Whether server and trainer held the same weights in every step."""
+    return all(line["sampling/sampling_logp_difference/max"] < 1e-3 for line in lines if "reward" in line)
+
+
+def run_python(*arguments, cwd: Path, timeout: float = 600, status: int = 0, **env) -> subprocess.CompletedProcess:
+    """Run this Python with arguments, and assert its exit status."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {name: str(value) for name, value in env.items()}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+class Launch:
+    """One `bash launch_train.sh` in a folder of its own, with its own folder for shared memory."""
+
+    def __init__(self, folder: Path, *arguments: str, command: list[str] | None = None):
+        self.folder, self.mark = folder, uuid.uuid4().hex
+        self.output = folder / f"console-{self.mark[:6]}.txt"
+        self.shared_memory = folder / f"shm-{self.mark[:6]}"
+        self.shared_memory.mkdir()
+        self.command_lines = set()  # (RANK, command line) of every process that was seen
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, MARK: self.mark, "GRPO_SHARED_MEMORY": str(self.shared_memory)}
+        command = command or ["bash", str(ROOT / "launch_train.sh"), *arguments, "--no-install"]
+        with open(self.output, "wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        """Return what the console showed so far."""
+        return self.output.read_text(errors="replace")
+
+    def wait_for(self, text: str, timeout: float = 600) -> None:
+        """Wait until the console shows `text`."""
+        deadline = time.monotonic() + timeout
+        while text not in self.text():
+            assert self.process.poll() is None, f"ended with {self.process.returncode} before {text!r}:\n{self.tail()}"
+            assert time.monotonic() < deadline, f"no {text!r} within {timeout} s:\n{self.tail()}"
+            time.sleep(0.2)
+
+    def finish(self, status: int = 0, timeout: float = 900) -> "Launch":
+        """Wait for the end and assert the exit status. Every command line is kept on the way."""
+        deadline = time.monotonic() + timeout
+        while self.process.poll() is None:
+            for process in self.processes():
+                try:
+                    self.command_lines.add((process.environ().get("RANK"), " ".join(process.cmdline())))
+                except psutil.Error:
+                    continue
+            assert time.monotonic() < deadline, f"still running after {timeout} s:\n{self.tail()}"
+            time.sleep(0.5)
+        assert self.process.returncode == status, self.tail()
+        return self
+
+    def tail(self) -> str:
+        """Return the end of the console and of the logs."""
+        logs = [log.read_text(errors="replace")[-2000:] for log in self.folder.glob("trainOutput/*/*/*.log")]
+        return "\n".join([self.text()[-4000:], *logs])
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the run's living processes."""
+        return marked(self.mark)
+
+    def leftovers(self, patience: float = 0) -> list:
+        """Return processes and shared-memory files that are still there after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [*self.processes(), *self.shared_memory.iterdir()]
+
+    def run_folder(self) -> Path:
+        """Return the newest run's folder."""
+        return max(self.folder.glob("trainOutput/*/latest"), key=lambda link: link.stat().st_mtime).resolve()
+
+    def metrics(self) -> list[dict]:
+        """Return the lines of its metrics.jsonl."""
+        return read_metrics(self.run_folder())
+
+    def end(self) -> None:
+        """Kill whatever is left."""
+        for process in self.processes():
+            process.kill()
