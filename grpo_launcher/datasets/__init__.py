@@ -120,8 +120,9 @@ def process(request: Request) -> None:
     try:
         splits, files = spec.load(request) if spec.load else (read_source(request), {})
     except (OSError, ValueError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         fix = "" if Path(request.source or ".").exists() else hub.hint()
-        raise UserError(f"--source {request.source}", first_line(error), fix) from error
+        raise UserError(f"--source {request.source}", first_line(cause), fix) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(request.tokenizer)
     except (OSError, ValueError) as error:

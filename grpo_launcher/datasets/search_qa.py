@@ -44,9 +44,9 @@ def flatten(rows: Iterable[dict]) -> Iterator[dict]:
             for article in row["data"]:
                 for paragraph in article["paragraphs"]:
                     for question in paragraph["qas"]:
-                        texts = [answer["text"] for answer in question["answers"]]
+                        texts = [answer.get("text") for answer in question["answers"]]
                         yield {**article, **paragraph, **question, "answers": {"text": texts}}
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not in SQuAD's form: {error!r}") from error
 
 

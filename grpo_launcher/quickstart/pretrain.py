@@ -1,13 +1,11 @@
-"""The quickstart's base model: a one-million-parameter Qwen2 that learns to summarise the corpus in a minute or two on two cores."""
+"""Pre-training of the small models: their tokenizer, the training loop, and a Qwen2 of one million parameters."""
 
 import json
-import os
 import random
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -15,108 +13,107 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import qwen2_5_chat_template
 
-STEPS, BATCH, LEARNING_RATE = 500, 8, 4e-3
-DRILL_STEPS, DRILL_BATCH = 160, 32
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+STEPS = 500
+BATCH = 8  # dialogues
+DRILL_STEPS = 160
+DRILL_BATCH = 32
+LEARNING_RATE = 4e-3
 
 
-class Dialogue(NamedTuple):
-    """What the model is taught to say: chat messages, the last of them the assistant's."""
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue to learn: chat messages, the last of them the assistant's."""
 
     messages: list[dict]
-    weight: float = 0.5  # of a token that the assistant does not say in the loss, where one that it says has 1: it teaches words too
-    tools: tuple[Callable, ...] = ()  # that stand in the prompt
+    prompt_weight: float = (
+        0.5  # in the loss, of a token that the assistant does not write: words are learned there too
+    )
+    tools: tuple[Callable, ...] = ()  # whose schemas stand in the prompt
 
 
-def make_base(dialogues: list[Dialogue], output: Path, seed: int, steps: int = STEPS, drill: Sequence[Dialogue] = ()) -> None:
-    """Teach a base model with Qwen2.5's chat template; the folder `output` appears when it is whole.
+def make_tokenizer(texts: list[str], chat_template: str | None) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of 1,536 ids, with Qwen2.5's special tokens.
 
-    drill: short dialogues that are taught first, many at once, until the model can copy what they copy.
-    """
-    import trl
-
-    template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        pretrain(dialogues, template.read_text(encoding="utf-8"), draft, seed, steps, drill)
-        draft.chmod(0o755)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    print(f"Wrote {output}")
-
-
-def make_tokenizer(texts: list[str], chat_template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 1,536 ids over `texts`, with Qwen2.5's special tokens and the given chat template.
-
-    Texts are split as Qwen2.5 does, whatever the file says, when transformers or vLLM load the tokenizer beside a Qwen2 model.
-    The end of a turn is <|im_end|> and padding is <|endoftext|>: were they one id, masking the padding would mask the end too.
+    It splits texts as Qwen2.5 does, because transformers and vLLM do so, whatever its file says, when they load it
+    beside a Qwen2 model. A turn ends with <|im_end|> and padding is <|endoftext|>: with one id for both, masking the
+    padding would mask the end too.
     """
     bpe = ByteLevelBPETokenizer()
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    bpe.train_from_iterator(texts, vocab_size=1536, special_tokens=SPECIALS, show_progress=False)
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(texts, vocab_size=1536, special_tokens=special_tokens, show_progress=False)
+    options = {"padding_side": "left", "model_max_length": 2048, "chat_template": chat_template}
     with tempfile.TemporaryDirectory() as folder:
-        bpe.save(os.path.join(folder, "tokenizer.json"))
+        path = f"{folder}/tokenizer.json"
+        bpe.save(path)
         return PreTrainedTokenizerFast(
-            tokenizer_file=os.path.join(folder, "tokenizer.json"),
-            eos_token="<|im_end|>",
-            pad_token="<|endoftext|>",
-            padding_side="left",
-            model_max_length=2048,
-            chat_template=chat_template,
+            tokenizer_file=path, eos_token="<|im_end|>", pad_token="<|endoftext|>", **options
         )
 
 
-def pretrain(dialogues: list[Dialogue], chat_template: str, output: Path, seed: int, steps: int = STEPS, drill: Sequence[Dialogue] = ()) -> None:
-    """Train tokenizer and model on whole dialogues and save both into the folder `output`.
+def train(model, compute_loss: Callable[[int], torch.Tensor], steps: int, learning_rate: float) -> None:
+    """Minimise compute_loss(step) over `steps` steps, with a warm-up of 20 and a linear decay to 0.
 
-    A count of steps and not of seconds ends it, so that a busy machine makes the same model, only later.
+    Steps are counted, not seconds, so that a busy machine makes the same model.
     """
-    set_seed(seed)
-    tokenizer = make_tokenizer([text for dialogue in dialogues for text in _texts(dialogue, chat_template)], chat_template)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            initializer_range=0.08,  # at the usual 0.02 attention stays flat so long in a model this narrow that it learns to ignore the prompt
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-
-    if drill:
-        _learn(model, tokenizer, _batches(drill, DRILL_BATCH, random.Random(seed)), DRILL_STEPS, "drilling it to copy")
-    _learn(model, tokenizer, _batches(dialogues, BATCH, random.Random(seed)), steps, "teaching the base model")
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-
-
-def _learn(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, batches: list[list[Dialogue]], steps: int, what: str) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
-    for step in tqdm(range(steps), desc=what, unit="step"):
-        ids, weights = _encode(tokenizer, batches[step % len(batches)])
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        loss = (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
-        loss.backward()
+    for step in tqdm(range(steps), desc="pre-training the base model", unit="step"):
+        compute_loss(step).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
 
-def _batches(dialogues: Sequence[Dialogue], size: int, rng: random.Random) -> list[list]:
-    """All dialogues in batches of like length, so that little of one is padding, in an order of their own."""
+def pretrain(
+    dialogues: list[Dialogue], output: Path, seed: int, steps: int = STEPS, drill: Sequence[Dialogue] = ()
+) -> None:
+    """Train a tokenizer with Qwen2.5's chat template and a model on dialogues, and save both into the folder `output`.
+
+    The drill comes first: short dialogues, many in a batch, until the model can copy what they copy.
+    """
+    set_seed(seed)
+    texts = [text for dialogue in dialogues for text in _texts(dialogue)]
+    tokenizer = make_tokenizer(texts, qwen2_5_chat_template)
+    special_tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # at the usual 0.02 so narrow a model learns to ignore the prompt
+        bos_token_id=None,
+        **special_tokens,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.update(**special_tokens)
+
+    def learn(batches: list[list[Dialogue]], steps: int) -> None:
+        def compute_loss(step: int) -> torch.Tensor:
+            ids, weights = _encode(tokenizer, batches[step % len(batches)])
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+
+        train(model, compute_loss, steps, LEARNING_RATE)
+
+    if drill:
+        learn(_batches(drill, DRILL_BATCH, seed), DRILL_STEPS)
+    learn(_batches(dialogues, BATCH, seed), steps)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def _batches(dialogues: Sequence[Dialogue], size: int, seed: int) -> list[list[Dialogue]]:
+    """Return all dialogues in batches of similar length, so that there is little padding, in random order."""
+    rng = random.Random(seed)
     order = rng.sample(dialogues, len(dialogues))
     order.sort(key=lambda dialogue: (len(dialogue.tools), len(dialogue.messages[-2]["content"]) // 500))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -124,29 +121,36 @@ def _batches(dialogues: Sequence[Dialogue], size: int, rng: random.Random) -> li
     return batches
 
 
-def _texts(dialogue: Dialogue, chat_template: str) -> list[str]:
-    """All that the tokenizer should know of a dialogue; where tools are in it, the template's markup of them too."""
+def _texts(dialogue: Dialogue) -> list[str]:
+    """Return what the tokenizer learns from a dialogue: its texts; with tools, the template's markup of them too."""
     if dialogue.tools:
-        return render_jinja_template([dialogue.messages], tools=[get_json_schema(tool) for tool in dialogue.tools], chat_template=chat_template)[0]
+        schemas = [get_json_schema(tool) for tool in dialogue.tools]
+        return render_jinja_template([dialogue.messages], tools=schemas, chat_template=qwen2_5_chat_template)[0]
     calls = [json.dumps(call) for message in dialogue.messages for call in message.get("tool_calls", [])]
     return [*(message["content"] for message in dialogue.messages), *calls]
 
 
-def _encode(tokenizer, dialogues) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids (B, T) and loss weights (B, T): 1 on what the assistant says and its end, the dialogue's own on the rest, 0 on padding.
+def _encode(tokenizer, dialogues: list[Dialogue]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return right-padded ids (B, T) and loss weights (B, T): 1 for what the assistant writes, 0 for padding.
 
-    Every turn is encoded by itself, as it is when the model writes it.
+    Every turn is tokenized by itself, as it is when the model writes it.
     """
-    rows = []
-    for messages, weight, tools in dialogues:
-        ids, weights, written = [], [], 0
-        for at in [at for at, message in enumerate(messages) if message["role"] == "assistant"]:
-            before = tokenizer.apply_chat_template(messages[:at], tools=tools or None, tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: at + 1], tools=tools or None, tokenize=False).rstrip("\n")
-            asked, said = (tokenizer(text)["input_ids"] for text in (before[written:], after[len(before) :]))
-            ids, weights, written = ids + asked + said, weights + [weight] * len(asked) + [1.0] * len(said), len(after)
-        rows.append((ids, weights))
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in rows])
-    weights = torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in rows])
-    return ids, weights
+    all_ids = []
+    all_weights = []
+    for dialogue in dialogues:
+        options = {"tools": dialogue.tools or None, "tokenize": False}
+        ids = []
+        weights = []
+        seen = 0  # characters of the dialogue
+        for index in [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]:
+            before = tokenizer.apply_chat_template(dialogue.messages[:index], add_generation_prompt=True, **options)
+            after = tokenizer.apply_chat_template(dialogue.messages[: index + 1], **options).rstrip("\n")
+            for text, weight in ((before[seen:], dialogue.prompt_weight), (after[len(before) :], 1.0)):
+                new_ids = tokenizer(text)["input_ids"]
+                ids += new_ids
+                weights += [weight] * len(new_ids)
+            seen = len(after)
+        all_ids.append(torch.tensor(ids))
+        all_weights.append(torch.tensor(weights))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(all_ids, batch_first=True, padding_value=tokenizer.pad_token_id), pad(all_weights, batch_first=True)
