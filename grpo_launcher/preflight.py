@@ -1,96 +1,37 @@
 """Check a recipe once, before anything expensive starts: fields, model, plugins, data, batch arithmetic, memory.
 
-It runs in a child process, because the launcher imports neither torch nor trl. run_preflight() starts the child, and
-main() answers one JSON request on standard input with one JSON report on standard output.
+It runs in a child process, which preflight_child.run_preflight() starts: main() answers one JSON request on standard
+input with one JSON report on standard output.
 """
 
 import json
 import os
 import re
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
+import datasets
+import torch
+import transformers
+import yaml
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.errors import HfHubHTTPError
+from peft import get_peft_model
+from transformers import AutoConfig
+from transformers.integrations import get_reporting_integration_callbacks
+from trl import ModelConfig, get_peft_config
+
+from grpo_launcher import hub, plugins, seq2seq
+from grpo_launcher.callbacks import guard_limits
+from grpo_launcher.config import arguments_class, build, grpo_only_fields, load_config
+from grpo_launcher.data import column_names, load_splits, load_tokenizer, longest_prompt
 from grpo_launcher.errors import UserError, closest_match, first_line
-from grpo_launcher.layout import Gpu, Hardware, Layout, Options, choose_layout
-
-PROJECT = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class ModelInfo:
-    """What the config says about the model. source: where the number of parameters comes from."""
-
-    parameters: int
-    source: str
-    context: int | None = None  # tokens; of the encoder and of the decoder each for a seq2seq model
-    heads: int | None = None
-    is_seq2seq: bool = False
-
-
-@dataclass
-class DataInfo:
-    """What the dataset holds. None: not known, as in a stream."""
-
-    columns: list[str] = field(default_factory=list)
-    rows: int | None = None
-    eval_rows: int | None = None
-    longest_prompt: int | None = None  # tokens
-    system_prompt: str | None = None  # or the text that every plain-text prompt begins with
-    max_prompt: int | None = None  # tokens; longer prompts of a stream are left out
-
-
-@dataclass
-class Report:
-    """The result of the preflight. problems refuse a run; missing refuses it too, but not a --dry-run."""
-
-    name: str = ""
-    values: dict = field(default_factory=dict)
-    given: list[str] = field(default_factory=list)
-    layout: Layout | None = None
-    model: ModelInfo | None = None
-    data: DataInfo | None = None
-    lines: list[str] = field(default_factory=list)  # of the plan, for people
-    problems: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    adapter: str | None = None  # to be merged into its base before the run
-
-    @classmethod
-    def from_json(cls, text: str) -> "Report":
-        """Read what main() wrote."""
-        content = json.loads(text)
-        for name, kind in {"layout": Layout, "model": ModelInfo, "data": DataInfo}.items():
-            content[name] = content[name] and kind(**content[name])
-        for gpus in ("train_gpus", "server_gpus") if content["layout"] else ():
-            setattr(content["layout"], gpus, [Gpu(**gpu) for gpu in getattr(content["layout"], gpus)])
-        return cls(**content)
-
-
-def run_preflight(argv: list[str], hardware: Hardware, options: Options, start: Callable = subprocess.Popen) -> Report:
-    """Run preflight() in a child process.
-
-    Args:
-        argv: the recipe, as for train.py.
-        hardware: what there is, or what is assumed.
-        options: the launcher's command line.
-        start: starts a process; the launcher's own keeps it from outliving a signal.
-
-    Raises:
-        UserError: the child failed. Its traceback is on standard error by then.
-    """
-    request = json.dumps({"argv": argv, "hardware": asdict(hardware), "options": asdict(options)})
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    env = {
-        name: value for name, value in os.environ.items() if name not in ranks and not name.startswith("ACCELERATE_")
-    }
-    command = [sys.executable, "-P", "-m", "grpo_launcher.preflight"]
-    child = start(command, env=env | {"DS_ACCELERATOR": "cpu"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    output, _ = child.communicate(request.encode())
-    if child.returncode:
-        raise UserError("preflight", f"it ended with exit status {child.returncode}", "see the traceback above")
-    return Report.from_json(output.decode())
+from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
+from grpo_launcher.memory import check_memory
+from grpo_launcher.merge import needs_merge
+from grpo_launcher.preflight_child import PROJECT, DataInfo, ModelInfo, Report
+from grpo_launcher.trl_version import check_trl_version
 
 
 def preflight(argv: list[str], hardware: Hardware, options: Options) -> Report:
@@ -101,8 +42,6 @@ def preflight(argv: list[str], hardware: Hardware, options: Options) -> Report:
         hardware: what there is, or what is assumed.
         options: the launcher's command line.
     """
-    from grpo_launcher.config import load_config
-
     report = Report()
     check = _Check(report, hardware, options)
     try:
@@ -136,14 +75,6 @@ class _Check:
 
     def model(self) -> None:
         """Read config and tokenizer of the model, and count its parameters without loading them."""
-        import torch
-        from transformers import AutoConfig
-
-        from grpo_launcher import hub
-        from grpo_launcher.data import load_tokenizer
-        from grpo_launcher.merge import needs_merge
-        from grpo_launcher.seq2seq import is_seq2seq, max_positions, model_class
-
         values, report = self.report.values, self.report
         name = values["model_name_or_path"]
         report.adapter = needs_merge(name)
@@ -163,15 +94,15 @@ class _Check:
                 report.model = ModelInfo(int(float(size[1]) * 1e9), "its name")
             return
         with torch.device("meta"):
-            self.meta_model = model_class(config).from_config(config, **trust)
+            self.meta_model = seq2seq.model_class(config).from_config(config, **trust)
         self.model_config = config
         text_config = config.get_text_config()
         report.model = ModelInfo(
             parameters=sum(parameter.numel() for parameter in self.meta_model.parameters()),
             source="its config.json",
-            context=max_positions(text_config),
+            context=seq2seq.max_positions(text_config),
             heads=getattr(text_config, "num_attention_heads", None),
-            is_seq2seq=is_seq2seq(config),
+            is_seq2seq=seq2seq.is_seq2seq(config),
         )
         if self.tokenizer.pad_token is None and self.tokenizer.eos_token is None:
             self.refuse("model_name_or_path", f"the tokenizer of {name} has neither a pad nor an end-of-text token")
@@ -185,9 +116,7 @@ class _Check:
         )
         self.collect(problems)
         if is_seq2seq:
-            from grpo_launcher.seq2seq import check_seq2seq
-
-            self.collect(check_seq2seq(report.values, self.model_config, self.tokenizer))
+            self.collect(seq2seq.check_seq2seq(report.values, self.model_config, self.tokenizer))
         report.values |= filled
         count, heads = len(report.layout.server_gpus), report.model and report.model.heads
         if count and heads and heads % count:
@@ -196,9 +125,6 @@ class _Check:
 
     def combinations(self) -> None:
         """Refuse what TRL cannot do together."""
-        from grpo_launcher.callbacks import guard_limits
-        from grpo_launcher.config import grpo_only_fields
-
         values = self.report.values
         try:
             guard_limits(values["guards"], values["beta"])
@@ -224,31 +150,22 @@ class _Check:
             self._check_lora_targets()
 
     def _check_lora_targets(self) -> None:
-        """Peft refuses target modules only where none is there, and only when the weights are loaded."""
-        import torch
-        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
-        names = [name for name, _ in self.meta_model.named_modules()]
+        """Let peft look for the target modules in a model without weights, before the run loads the real one."""
         modules = self.meta_model.named_modules()
         linear = {name.split(".")[-1] for name, module in modules if isinstance(module, torch.nn.Linear)}
         fix = f"use some of {', '.join(sorted(linear))}, or all-linear"
-        kind, wanted = self.model_config.model_type, self.report.values["lora_target_modules"]
-        if not wanted and kind not in KNOWN:
-            self.refuse("lora_target_modules", f"peft knows none for a {kind} model", fix)
-        wanted = [name for name in wanted or [] if name != "all-linear"]
-        if len(wanted) == 1:  # TRL hands a single one over as text, which peft takes for a pattern of the whole path
-            if not any(re.fullmatch(wanted[0], name) for name in names):
-                problem = f"{wanted[0]} alone is a pattern of a module's whole path, and none matches"
-                self.refuse("lora_target_modules", problem, f"write '.*{wanted[0]}', or {fix}")
-            return
-        for name in wanted:
-            if not any(f".{path}".endswith(f".{name}") for path in names):
-                self.refuse("lora_target_modules", f"a {kind} model has no {name}", fix)
+        wanted = self.report.values["lora_target_modules"] or []
+        unknown = [name for name in wanted if name != "all-linear" and len(wanted) > 1 and name not in linear]
+        try:
+            get_peft_model(self.meta_model, get_peft_config(build(ModelConfig, self.report.values)))
+        except ValueError as error:
+            self.refuse("lora_target_modules", first_line(error), fix)
+        else:
+            for name in unknown:  # peft refuses only where none is there
+                self.refuse("lora_target_modules", f"the model has no linear layer {name}", fix)
 
     def plugins_and_data(self) -> None:
         """Load rewards, tools and environment, and look at the dataset."""
-        from grpo_launcher import plugins
-
         values = self.report.values
         template_options = values["chat_template_kwargs"] or {}
         has_rewards, environment_rewards = bool(values["reward_funcs"]), []
@@ -279,10 +196,6 @@ class _Check:
         self._best_metric(["reward", "loss", *(f"rewards/{name}/mean" for name in names)])
 
     def _rewards_ready(self, rewards: list) -> None:
-        from transformers import AutoConfig
-
-        from grpo_launcher import hub
-
         for reward in rewards:
             try:
                 if isinstance(reward, str):
@@ -313,11 +226,6 @@ class _Check:
                 self.refuse("save_steps", problem, f"save_steps: {interval:g}, as eval_steps")
 
     def _data(self, template_options: dict) -> None:
-        from datasets.exceptions import DatasetGenerationError
-        from huggingface_hub.errors import HfHubHTTPError
-
-        from grpo_launcher.data import column_names, load_splits
-
         values, report = self.report.values, self.report
         name, split = values["dataset_name"], values["dataset_train_split"]
         try:
@@ -353,14 +261,10 @@ class _Check:
             data.eval_rows = min(len(used[1]), values["eval_rows"] or len(used[1]))
         has_template = isinstance(first["prompt"], str) or (self.tokenizer and self.tokenizer.chat_template)
         if self.tokenizer is not None and has_template:
-            from grpo_launcher.data import longest_prompt
-
             data.longest_prompt = max(longest_prompt(part, self.tokenizer, **template_options) for part in used)
 
     def _how_to_make(self, name: str) -> str:
         """Return the command that makes a prepared folder, or the hint about the Hub."""
-        from grpo_launcher import hub
-
         if not name.startswith("data/"):
             return hub.hint()
         python, dataset = os.path.relpath(sys.executable), Path(name).name
@@ -369,8 +273,6 @@ class _Check:
         return f"{python} -m {self.report.values['prepare']}"
 
     def _prompts(self, name: str, first: dict, prompts: list) -> None:
-        from grpo_launcher.seq2seq import PLAIN_TEXT, common_prefix
-
         values, data = self.report.values, self.report.data
         is_chat = isinstance(first["prompt"], list)
         is_seq2seq = bool(self.report.model and self.report.model.is_seq2seq)
@@ -378,7 +280,7 @@ class _Check:
             problem = f"{name} has no column reference of texts, which a supervised run trains on"
             self.refuse("dataset_name", problem, f"it has {', '.join(data.columns)}: rename one to reference")
         if is_chat and is_seq2seq:
-            self.refuse("dataset_name", f"{name} holds chat messages, and {PLAIN_TEXT}")
+            self.refuse("dataset_name", f"{name} holds chat messages, and {seq2seq.PLAIN_TEXT}")
         elif is_chat and self.tokenizer is not None and self.tokenizer.chat_template is None:
             problem = f"{name} holds chat messages, and {values['model_name_or_path']} has no chat template"
             self.refuse("dataset_name", problem, "use an instruct model, or plain-text prompts")
@@ -389,15 +291,10 @@ class _Check:
         if is_chat and first["prompt"][0]["role"] == "system":
             data.system_prompt = first["prompt"][0]["content"]
         elif not is_chat and is_seq2seq:
-            data.system_prompt = common_prefix(prompts)
+            data.system_prompt = seq2seq.common_prefix(prompts)
 
     def batch(self) -> None:
         """Let TRL and transformers check the arguments for the planned number of ranks, and say what a step is."""
-        from transformers.integrations import get_reporting_integration_callbacks
-        from trl import ModelConfig
-
-        from grpo_launcher.config import arguments_class, build
-
         values, ranks = self.report.values, self.report.layout.ranks
         # TRL reads the number of ranks from this property. In this process there is one.
         kind = type(
@@ -520,10 +417,6 @@ class _Check:
 
     def memory(self) -> None:
         """Hold weights, gradients and optimizer against the devices."""
-        import yaml
-
-        from grpo_launcher.memory import check_memory
-
         report = self.report
         if report.model is None:
             return
@@ -546,15 +439,10 @@ def _nearest_sizes(size: int, factor: int, group: int) -> str:
 
 def main() -> None:
     """Answer one request. What libraries and plugins print goes to standard error."""
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
-    from grpo_launcher.trl_version import check_trl_version
-
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    disable_progress_bars()
-    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
     request = json.load(sys.stdin)
     hardware = request["hardware"]
     hardware["gpus"] = [Gpu(**gpu) for gpu in hardware["gpus"]]

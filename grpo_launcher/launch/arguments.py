@@ -18,9 +18,9 @@ Train a recipe: a vLLM server generates, ZeRO-3 ranks train, with or without a G
   bash launch_train.sh configs/tldr_length.yaml --beta 0.1 --max_steps 200
   bash launch_train.sh configs/tldr_length.yaml --dry-run --assume-gpus 4 --assume-memory 24
 
-The hardware decides the layout: no GPU: two ZeRO-3 ranks and a vLLM server on the CPU; one GPU: vLLM inside the trainer
-(colocate); two or more: the last for the vLLM server, the others for ZeRO-3. The run lives in trainOutput/RECIPE/N:
-checkpoints, final-checkpoint, metrics.jsonl, curves.png, logs, and the recipe as resolved.
+The hardware decides the layout. No GPU: two ZeRO-3 ranks and a vLLM server on the CPU. One GPU: vLLM inside the
+trainer (colocate). Two or more: the last for the vLLM server, the others for ZeRO-3. The run's folder is
+trainOutput/RECIPE/N: checkpoints, final-checkpoint, metrics.jsonl, curves.png, logs, and run.json.
 """
 
 
@@ -30,7 +30,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="launch_train.sh",
         usage="bash launch_train.sh [CONFIG] [option …] [--key value …]",
         description=HELP,
-        epilog="--key value: any field of the recipe. It wins over the YAML. `.venv/bin/python train.py --help` lists them.",
+        epilog="--key value: any field of the recipe; it wins over the YAML. `python train.py --help` lists them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

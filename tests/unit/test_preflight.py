@@ -1,0 +1,352 @@
+"""The preflight: what a recipe would do on some hardware, and everything that is wrong with it."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+from helpers import ROOT
+from tiny_models import make_encoder_model, make_model
+from transformers import BartConfig, Qwen2Config, T5Config
+
+from grpo_launcher.errors import UserError
+from grpo_launcher.layout import Gpu, Hardware, Options
+from grpo_launcher.preflight import preflight
+from grpo_launcher.preflight_child import Report, run_preflight
+
+SYSTEM = "Answer in one sentence."
+STREAM = "--dataset_streaming true --reward_funcs rewards.length.length_reward"
+SFT = "--method sft"
+BART = "--model_name_or_path bart --dataset_name plain"
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+TOOL = '''
+print("noise of a module")
+
+
+def weather(city: str) -> str:
+    """Say what the weather is.
+
+    Args:
+        city: A city.
+    """
+    return "rain"
+
+
+def mine(completions, **columns):
+    print("noise of a function")
+    return [0.0] * len(completions)
+'''
+
+
+def chat(number: int) -> list[dict]:
+    content = f"The cat number {number} sat on the mat."
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with small models and datasets."""
+    folder = tmp_path_factory.mktemp("preflight")
+    make_model(folder / "model", seed=0)
+    make_encoder_model(folder / "bart", "bart", positions=64)
+    for name, config in {
+        "t5-base": T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0),
+        "bart-large": BartConfig(),
+        "no-targets": Qwen2Config(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
+    }.items():
+        shutil.copytree(folder / "bart", folder / name, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        config.save_pretrained(folder / name)
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").touch()
+    splits = {"train": range(64), "test": range(20)}
+    for name, make in {
+        "chat": lambda i: {"prompt": chat(i), "reference": "It sat."},
+        "plain": lambda i: {"prompt": f"summarize: The cat {i} sat.", "reference": "It sat."},
+        "bare": lambda i: {"prompt": chat(i)},
+        "seven": lambda i: {"prompt": chat(i % 7)},
+        "long": lambda i: {"prompt": f"The cat {i} sat on the mat. " * 20, "reference": "It sat."},
+        "texts": lambda i: {"text": "a"},
+    }.items():
+        (folder / name).mkdir()
+        for split, numbers in splits.items():
+            numbers = numbers[:7] if name == "seven" else numbers
+            (folder / name / f"{split}.jsonl").write_text("\n".join(json.dumps(make(i)) for i in numbers))
+    (folder / "empty.csv").write_text("prompt\n")
+    (folder / "tools.py").write_text(TOOL)
+    return folder
+
+
+@pytest.fixture
+def check(home, monkeypatch):
+    """A function that checks a recipe of configs/ for so many GPUs, in the folder of small models and datasets.
+
+    recipe: its name, or None for flags alone. small: with the small model and chat prompts.
+    """
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
+
+    def run(recipe: str | None, gpus: int, *flags: str, memory=24, small=True, **options) -> Report:
+        hardware = Hardware([Gpu(str(index), memory) for index in range(gpus)], [0, 1], 64)
+        config = ["--config", str(ROOT / f"configs/{recipe}.yaml")] if recipe else []
+        model_and_data = ["--model_name_or_path", "model", "--dataset_name", "chat"] if small else []
+        return preflight([*config, *model_and_data, *flags], hardware, Options(**options))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "ranks", "remedies"),
+    [
+        (1, 24, 1, ["3 such GPUs (2 train)", "LoRA", "optimizer offload"]),
+        (2, 24, 1, ["3 such GPUs (2 train)", "LoRA", "configs/tldr_lora.yaml", "optimizer offload"]),
+        (3, 24, 2, None),
+        (4, 24, 3, None),
+        (8, 24, 7, None),
+        (1, 80, 1, None),
+        (2, 80, 1, None),
+        (3, 80, 2, None),
+        (4, 80, 3, None),
+        (8, 80, 7, None),
+    ],
+)
+def test_full_fine_tuning_of_1_5_billion_weights(gpus, memory, ranks, remedies, check):
+    """A right plan, or a right refusal. The model's size comes from its name."""
+    report = check("tldr_length", gpus, memory=memory, small=False)
+    assert report.layout.ranks == ranks and report.model.source == "its name"
+    assert any(f"= {32 * ranks} completions a step" in line for line in report.lines)
+    assert [line.split(":")[0] for line in report.missing] == ["model_name_or_path", "dataset_name"]
+    if remedies is None:
+        assert report.problems == []
+        return
+    (problem,) = report.problems
+    assert problem.startswith("memory:") and all(remedy in problem for remedy in remedies)
+
+
+MADE_FOR = {  # GPUs and GiB of each for which a recipe is made -> ranks that train, and who generates
+    "calculator": {(2, 24): (1, "server")},
+    "kuakua": {(1, 24): (1, "colocate"), (4, 24): (3, "server")},
+    "mcq_refusal": {(2, 24): (1, "server")},
+    "search_qa": {(2, 24): (1, "server")},
+    "summarize_bart": {(1, 24): (1, None), (4, 24): (4, None)},
+    "summarize_t5": {(1, 24): (1, None), (2, 24): (2, None)},
+    "summarize_t5_lora": {(1, 16): (1, None), (4, 16): (4, None)},
+    "summarize_t5_sft": {(1, 16): (1, None), (2, 16): (2, None)},
+    "tldr_ddp": {(3, 24): (2, "server"), (4, 24): (3, "server")},
+    "tldr_dr_grpo": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_length": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_lora": {(1, 24): (1, "colocate"), (2, 24): (1, "server")},
+    "tldr_qlora": {(1, 24): (1, None), (4, 24): (4, None)},
+    "tldr_ref_sync": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_rouge": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_stream": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+}
+NO_VLLM = {"quickstart_summaries", "quickstart_summaries_lora", "quickstart_summaries_sft", "tldr_qlora"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recipe_has_no_problem_on_the_hardware_that_it_is_made_for(name, check):
+    """Nor for want of anything but memory elsewhere. Without a GPU two ranks train."""
+    flags = []
+    if "summar" in name:  # the size of these models is not in their names, nor whether they have an encoder
+        flags = ["--model_name_or_path", "bart-large" if name.endswith("bart") else "t5-base"]
+    for (gpus, memory), (ranks, mode) in MADE_FOR.get(name, {}).items():
+        report = check(name, gpus, *flags, memory=memory, small=False)
+        assert report.problems == [] and report.missing and report.layout.ranks == ranks
+        assert (report.values["vllm_mode"] if report.values["use_vllm"] else None) == mode
+    for gpus in (0, 1, 2, 4):
+        report = check(name, gpus, *flags, small=False)
+        assert all(problem.startswith("memory:") for problem in report.problems), report.problems
+        assert name in MADE_FOR or gpus or report.problems == []
+    cpu = check(name, 0, *flags, small=False).layout
+    assert cpu.ranks == 2 and cpu.starts_server == (name not in NO_VLLM and "summarize" not in name)
+    assert cpu.parallel == ("ddp" if name in ("tldr_ddp", "tldr_qlora") else "zero3")
+
+
+def test_lora_and_ddp_count_the_memory_that_they_take(check):
+    """DDP keeps weights, gradients, Adam and the reference in 32 bits on each GPU. ZeRO-3 is the remedy."""
+    assert check("tldr_lora", 2, small=False).problems == []
+    (problem,) = check("tldr_length", 4, "--parallel", "ddp", small=False).problems
+    assert problem.startswith("memory: a rank needs 27.9 GiB") and "--parallel zero3" in problem
+
+
+def test_what_the_report_holds(check):
+    """Sizes of model, data and batch, the longest prompt, the system prompt. JSON keeps it all."""
+    report = check("tldr_length", 4)
+    assert report.problems == report.missing == []
+    assert report.name == "tldr_length" and "beta" in report.given
+    assert (report.model.context, report.model.heads, report.model.is_seq2seq) == (2048, 2, False)
+    data = report.data
+    assert (data.rows, data.eval_rows, data.system_prompt) == (64, 20, SYSTEM) and data.longest_prompt > 20
+    text = "\n".join(report.lines)
+    assert "8 completions × 3 ranks × 4 accumulated = 96 completions a step; 12 prompts × 8 completions" in text
+    assert "evaluation: 20 prompts × 2 completions, 12 prompts at once = 2 rounds" in text
+    assert f"longest prompt {data.longest_prompt} + completion 256" in text
+    assert Report.from_json(json.dumps(asdict(report))) == report
+
+
+def test_a_generation_block_may_hold_many_updates(check):
+    """32 prompts of 12 completions at once, trained on 16 at a time: 24 updates, and 64 prompts are two blocks."""
+    flags = ["--num_generations", "12", "--generation_batch_size", "384"]
+    flags += ["--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "1"]
+    report = check("tldr_lora", 1, *flags)
+    assert report.problems == []
+    assert "32 prompts × 12 completions generated at once; 64 prompts = 48 steps an epoch" in "\n".join(report.lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "1"], "per_device_train_batch_size"),
+        (["--per_device_train_batch_size", "12", "--gradient_accumulation_steps", "1"], "per_device_train_batch_size"),
+        (["--num_generations_eval", "16"], "per_device_eval_batch_size"),
+        (["--per_device_eval_batch_size", "3", "--num_generations_eval", "4"], "per_device_eval_batch_size"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_valid_sizes(flags, field, check):
+    """Three ranks are the usual trap. Each size that the message names is valid, and the values stay as given."""
+    report = check("tldr_length", 4, *flags)
+    (problem,) = report.problems
+    assert problem.startswith(f"{field}:") and report.values[flags[0][2:]] == int(flags[1])
+    sizes = re.search(rf"{field}: (\d+)(?: or (\d+))?", problem)
+    for size in filter(None, sizes.groups()):
+        assert check("tldr_length", 4, *flags, f"--{field}", size).problems == [], size
+
+
+PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the message
+    "block size": ("tldr_length", 4, "--generation_batch_size 100", "generation_batch_size", "a multiple of 8 × 3"),
+    "too few prompts": ("quickstart", 0, "--dataset_name seven", "dataset_name", "7 prompts"),
+    "context of the server": ("tldr_length", 4, "--vllm_max_model_length 260", "vllm_max_model_length", "length 4"),
+    "context of the model": ("quickstart", 0, "--max_completion_length 2040", "max_completion_length", "is 2048"),
+    "no reward": (None, 0, "", "reward_funcs", "give at least one"),
+    "missing column": ("tldr_rouge", 4, "--dataset_name bare", "reward_funcs", "needs the column reference"),
+    "reward model": (None, 0, "--reward_funcs owner/nothing", "reward_funcs", "owner/nothing is no reward model"),
+    "reporter": ("tldr_rouge", 4, "--report_to wandb", "recipe", "wandb"),
+    "guard": ("tldr_rouge", 4, "--guards '{\"kll\": null}'", "guards", "did you mean kl?"),
+    "no prompts": ("tldr_rouge", 4, "--dataset_name texts", "dataset_name", "rename one of text"),
+    "no split": ("tldr_rouge", 4, "--dataset_test_split valid", "dataset_test_split", "use one of train, test"),
+    "tools on text": ("tldr_rouge", 4, "--dataset_name plain --tools tools.py:weather", "tools", "chat messages"),
+    "no template": ("tldr_rouge", 4, "--model_name_or_path no-targets", "dataset_name", "no chat template"),
+    "chat and encoder": ("summarize_bart", 1, "--model_name_or_path bart", "dataset_name", "plain-text"),
+    "decoder": ("summarize_bart", 1, f"{BART} --max_completion_length 65", "max_completion_length", "takes 64"),
+    "encoder": ("summarize_bart", 1, f"{BART} --dataset_name long", "dataset_name", "--max_prompt_length 64"),
+    "vLLM and encoder": ("summarize_bart", 1, f"{BART} --use_vllm true", "use_vllm", "leave use_vllm out"),
+    "stream without context": (None, 4, f"{STREAM} --max_steps 2", "vllm_max_model_length", "of a stream"),
+    "stream without end": (None, 4, f"{STREAM} --vllm_max_model_length 600", "max_steps", "no length"),
+    "LoRA targets": ("tldr_lora", 2, "--lora_target_modules q v_proj", "lora_target_modules", "has no q"),
+    "one LoRA target": ("tldr_lora", 2, "--lora_target_modules q_proj", "lora_target_modules", "'.*q_proj'"),
+    "vLLM with 4 bits": ("tldr_qlora", 1, "--use_vllm true", "use_vllm", "configs/tldr_qlora.yaml works"),
+    "ZeRO-3 with 4 bits": ("tldr_qlora", 1, "--parallel zero3", "parallel", "ddp"),
+    "4 bits without LoRA": ("tldr_qlora", 1, "--use_peft false", "use_peft", "use_peft: true"),
+    "reference without KL": ("tldr_ref_sync", 4, "--beta 0", "sync_ref_model", "set beta"),
+    "reference with LoRA": ("tldr_ref_sync", 4, "--use_peft true", "sync_ref_model", "leave it out"),
+    "metric": ("tldr_rouge", 4, "--metric_for_best_model rouge", "metric_for_best_model", "eval_rewards/rouge_reward"),
+    "metric without evaluation": ("tldr_lora", 2, "--metric_for_best_model reward", "metric_for_best_model", "steps"),
+    "best step not saved": (
+        "tldr_rouge",
+        4,
+        "--metric_for_best_model eval_reward --eval_steps 20",
+        "save_steps",
+        "save_steps: 20",
+    ),
+    "rewards in SFT": (None, 1, f"{SFT} --num_generations 4", "num_generations", "method: sft"),
+    "tools in SFT": (None, 1, f"{SFT} --tools tools.py:weather", "tools", "method: sft"),
+    "stream in SFT": (None, 1, f"{SFT} --dataset_streaming true --max_steps 2", "dataset_streaming", "method: sft"),
+    "SFT without references": (None, 1, f"{SFT} --dataset_name bare", "dataset_name", "rename one to reference"),
+    "metric in SFT": (None, 1, f"{SFT} --metric_for_best_model reward", "metric_for_best_model", "use eval_loss"),
+}
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "flags", "field", "message"), PROBLEMS.values(), ids=PROBLEMS)
+def test_a_recipe_that_cannot_run_is_refused(recipe, gpus, flags, field, message, check):
+    """Before a model loads, with one problem, its field and its remedy."""
+    report = check(recipe, gpus, *shlex.split(flags))
+    (problem,) = report.problems
+    assert problem.startswith(f"{field}: ") and message in problem and report.missing == []
+
+
+def test_a_server_on_several_gpus_must_divide_the_heads(check):
+    (problem,) = check("tldr_length", 8, vllm_gpus=3).problems
+    assert problem.startswith("--vllm_gpus:") and "use one of 1, 2" in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "message"),
+    {
+        "dataset": ("--dataset_name data/tldr", "dataset_name", "process_dataset.py tldr"),
+        "prepared data": ("--dataset_name data/quickstart", "dataset_name", "-m grpo_launcher.quickstart"),
+        "empty file": ("--dataset_name empty.csv", "dataset_name", "empty.csv cannot be read"),
+        "model": ("--model_name_or_path data/nothing", "model_name_or_path", "data/nothing cannot be read"),
+        "adapter": ("--model_name_or_path adapter", "model_name_or_path", "-m grpo_launcher.merge adapter"),
+    }.values(),
+)
+def test_what_is_missing_comes_with_the_command_that_makes_it(flags, field, message, check):
+    """It refuses a run, but not a dry run."""
+    report = check("quickstart", 0, *shlex.split(flags))
+    (line,) = report.missing
+    assert line.startswith(f"{field}: ") and message in line and report.problems == []
+    assert report.adapter == ("adapter" if "adapter" in flags else None)
+
+
+def test_turns_with_tools_need_room_for_two_completions(check):
+    """A later turn asks the server for a whole completion on top of the history."""
+    flags = ["--reward_funcs", "rewards.rouge.rouge_reward", "--max_completion_length", "100"]
+    plain, tools = check(None, 4, *flags), check(None, 4, *flags, "--tools", "tools.py:weather")
+    assert plain.problems == tools.problems == []
+    assert plain.values["vllm_max_model_length"] == plain.data.longest_prompt + 100
+    assert tools.data.longest_prompt > plain.data.longest_prompt, "the tool's schema stands in the prompt"
+    assert tools.values["vllm_max_model_length"] == tools.data.longest_prompt + 200
+
+
+def test_a_stream_leaves_long_prompts_out(check):
+    report = check("tldr_stream", 4)
+    assert report.problems == [] and report.data.rows is None
+    assert "prompts up to 768 + completion 256 = 1024 tokens; longer prompts are left out" in "\n".join(report.lines)
+    assert report.data.max_prompt == 768
+
+
+def test_every_device_trains_an_encoder_decoder(check):
+    """By SFT too. The text that every prompt begins with is kept for the chat."""
+    report = check("summarize_t5_sft", 4, "--model_name_or_path", "t5-base", "--dataset_name", "plain")
+    assert report.problems == [] and report.layout.ranks == 4 and report.layout.is_seq2seq
+    assert report.data.system_prompt == "summarize: " and report.model.parameters // 10**6 == 222
+    assert "8 rows × 4 ranks × 4 accumulated = 128 rows a step" in "\n".join(report.lines)
+
+
+def test_shared_memory_must_hold_the_weights(check, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
+    problems = check("tldr_length", 0, small=False).problems
+    assert any(problem.startswith("weight_sync:") and "--shm-size" in problem for problem in problems)
+
+
+def test_a_bad_recipe_is_a_problem_too(check):
+    assert check("quickstart", 0, "--bet", "1").problems[0].startswith("--bet:")
+
+
+def test_the_child_reports_in_spite_of_noise(home, check, monkeypatch, capfd):
+    """What a user's module prints, and the variables of a rank, do not disturb it."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["--reward_kwargs", "{}", "--reward_funcs", "tools.py:mine"]
+    expected = check("quickstart", 0, *flags)
+    argv = ["--config", str(ROOT / "configs/quickstart.yaml"), "--model_name_or_path", "model"]
+    argv += ["--dataset_name", "chat", *flags]
+    report = run_preflight(argv, Hardware([], [0, 1], 64), Options())
+    assert report == expected and report.problems == []
+    output = capfd.readouterr()
+    assert "noise" not in output.out and "noise of a module" in output.err
+
+
+def test_a_child_that_fails_is_refused(capfd):
+    """A fault in a user's module ends it with a traceback, which stays visible."""
+
+    def start(command, **streams):
+        return subprocess.Popen([sys.executable, "-S", "-c", "1 / 0"], **streams)
+
+    with pytest.raises(UserError) as error:
+        run_preflight([], Hardware([], [0], 1), Options(), start)
+    assert error.value.field == "preflight" and "ZeroDivisionError" in capfd.readouterr().err
