@@ -94,14 +94,19 @@ def _check_server(values: dict, layout: Layout, parameters: int) -> list[UserErr
 def _remedies(
     values: dict, layout: Layout, parameters: int, device: float, colocated: float, arguments: dict
 ) -> list[str]:
-    def would_fit(ranks: int = layout.ranks, **changes) -> float:
-        needed = sum(rank_memory(parameters, ranks, **arguments | changes).values()) + colocated
+    def would_fit(ranks: int = layout.ranks, vllm: float = colocated, **changes) -> float:
+        needed = sum(rank_memory(parameters, ranks, **arguments | changes).values()) + vllm
         return needed if fits(needed, device) else 0
 
     remedies = []
-    enough = next((ranks for ranks in range(layout.ranks + 1, 65) if layout.train_gpus and would_fit(ranks)), None)
-    if enough:
-        remedies.append(f"{enough + max(1, len(layout.server_gpus))} such GPUs ({enough} train)")
+    if layout.train_gpus:
+        has_server = layout.use_vllm and (layout.starts_server or layout.ranks == 1)  # from two GPUs on
+        vllm = 0 if has_server else colocated
+        enough = next((ranks for ranks in range(layout.ranks + 1, 65) if would_fit(ranks, vllm)), None)
+        if enough and has_server:
+            remedies.append(f"{enough + max(1, len(layout.server_gpus))} such GPUs ({enough} train)")
+        elif enough:
+            remedies.append(f"{enough} such GPUs")
     if not arguments["zero3"] and not (values["load_in_4bit"] or values["load_in_8bit"]):
         remedies.append("ZeRO-3, which shards all of it: --parallel zero3")
     if not values["use_peft"]:

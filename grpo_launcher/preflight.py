@@ -388,6 +388,8 @@ class _Check:
                 f"context: prompts up to {context - needed} + {text} = {context} tokens; longer prompts are left out"
             )
             report.lines.append(line)
+            if report.data:
+                report.data.max_prompt = context - needed
         elif longest is not None:
             if context is None:
                 context = longest + needed
