@@ -113,13 +113,11 @@ def judge_ready(**options) -> None:
     try:
         asyncio.run(ask())
     except (openai.OpenAIError, ValueError) as error:
-        fixes = {
-            None: f"start it (`ollama serve` and `ollama pull {model}`, or `vllm serve {model}`), or raise `timeout`",
-            401: "set JUDGE_API_KEY",
-            403: "set JUDGE_API_KEY",
-            404: f"take a model that {url}/models lists, and end base_url in /v1",
-        }
+        key_fix = "set JUDGE_API_KEY"
+        fixes = {401: key_fix, 403: key_fix, 404: f"take a model that {url}/models lists, and end base_url in /v1"}
         fix = fixes.get(getattr(error, "status_code", None), "take another model, template or max_tokens")
+        if isinstance(error, openai.APIConnectionError):
+            fix = f"start it (`ollama serve` and `ollama pull {model}`, or `vllm serve {model}`), or raise `timeout`"
         problem = f"judge_reward: no rating from {url} (model {model}): {_without_key(error)}"
         raise ValueError(f"{problem}. Fix: {fix}.") from None  # the cause may hold the key
 

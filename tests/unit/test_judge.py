@@ -257,7 +257,10 @@ def test_a_judge_that_rates_is_ready(serve):
 NOT_READY = {
     "another model": ({"model": "llama3"}, ['model "qwen2.5:7b" not found', "/models lists"]),
     "the key": ({"key": "another"}, ["Incorrect API key", "JUDGE_API_KEY"]),
-    "words": ({"answer": lambda *_: "As a judge I " + "x" * 200}, ["no rating from 0 to 10", "'As a judge I xxx"]),
+    "words": (
+        {"answer": lambda *_: "As a judge I " + "x" * 200},
+        ["no rating from 0 to 10", "'As a judge I xxx", "take another model"],
+    ),
     "an error that repeats the key": (
         {"answer": lambda *_: (400, {"error": {"message": f"no max_tokens for {KEY}"}})},
         ["no max_tokens for …"],
