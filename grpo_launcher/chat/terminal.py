@@ -1,6 +1,7 @@
-"""The chat in a terminal: the replies of some checkpoints side by side, drawn one column after the other, since they share memory."""
+"""The chat in a terminal: several models side by side, each of which goes on from its own completions."""
 
 import contextlib
+import readline  # noqa: F401  # gives input() its arrow keys and a history
 import signal
 import sys
 import termios
@@ -12,154 +13,126 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from grpo_launcher.chat import pages
-from grpo_launcher.chat.checkpoints import Manner
-from grpo_launcher.chat.columns import Reply, draw
-from grpo_launcher.chat.layout import fits, side_by_side
-from grpo_launcher.chat.pages import Turn
-from grpo_launcher.chat.scores import Scores
+from grpo_launcher import render
+from grpo_launcher.chat.backends import Completion, Turn, converse
+from grpo_launcher.chat.models import GenerationSettings
+from grpo_launcher.errors import UserError
+from grpo_launcher.evaluate import RewardSet
 
 HELP = """\
-/reset            forget what was said
-/system TEXT      another system prompt, and forget what was said; without TEXT none
-/temperature N    0 is greedy: the likeliest token every time
-/save FILE        what was said, as .md, .html, .json or .svg; a file that is there is not replaced
+/reset            forget the conversation
+/system TEXT      change the system prompt and forget the conversation; without TEXT there is none
+/temperature N    0 is greedy
+/save FILE        write the conversation as .md, .html, .json or .svg; no file is replaced
 /quit             leave (Ctrl-D too)
-Ctrl-C ends the reply that is being drawn; at the prompt it leaves. A prompt that begins with / wants a space before it."""
+Ctrl-C ends the completion that is being generated; at the prompt it leaves.
+A prompt that begins with / needs a space before it."""
 
 
 class Chat:
-    """A chat with some columns at once; each goes on from its own replies."""
+    """A chat with several models at once."""
 
-    def __init__(self, columns: list, scores: Scores, manner: Manner, console: Console, about: dict):
-        """about: what the pages of /save say of this chat (see pages.write); its seed, where there is one, counts up with every prompt."""
-        self.columns, self.scores, self.manner, self.console, self.about = columns, scores, manner, console, about
-        self.turns, self.histories, self.told = [], [[] for _ in columns], len(scores.left_out)
+    def __init__(
+        self, models: list, rewards: RewardSet, settings: GenerationSettings, report: render.Report, console: Console
+    ):
+        self.models, self.rewards, self.settings = models, rewards, settings
+        self.report, self.console = report, console
+        self.reset()
 
     def run(self) -> None:
-        """Ask for prompts until the reader leaves."""
-        self.console.print(Text(self._introduction(), "dim"))
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # gives the prompt its arrow keys
-
-        with contextlib.suppress(AttributeError):
-            sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a chat
+        """Ask for prompts until the user leaves."""
+        self.say("\n".join([f"{self.report.title}, rewards: {', '.join(self.rewards.functions) or 'none'}",
+                            *self.report.facts, "/help lists the commands"]))  # fmt: skip
+        sys.stdin.reconfigure(errors="replace")  # a stray byte is no reason to end a chat
         while True:
             try:
                 line = input("> ")
             except (KeyboardInterrupt, EOFError):
-                self.console.print()
+                print()
+                return
+            if line.strip() == "/quit":
                 return
             if line.startswith("/"):
-                if line.split()[0] == "/quit":
-                    return
-                self.command(*line.split(maxsplit=1))
+                name, _, value = line.partition(" ")
+                self.say(self.command(name, value))
             elif line.strip():
                 self.turn(line.strip())
 
-    def _introduction(self) -> str:
-        manner = self.manner
-        names = ", ".join(reward.__name__ for reward in self.scores.rewards)
-        tools = ", ".join(name.rpartition(".")[2] for name in manner.tools or [])
-        return (
-            f"{self.about['title']}: {', '.join(column.name for column in self.columns)}\n"
-            f"temperature {manner.temperature:g}, at most {manner.max_new_tokens} tokens; rewards: {names or 'none'}{tools and f'; tools: {tools}'}\n"
-            f"system prompt: {manner.system_prompt or 'none'}\n"
-            "/help lists the commands; Ctrl-C ends a reply, Ctrl-D leaves"
-        )
+    def say(self, text: str) -> None:
+        """Print a line that is no completion."""
+        self.console.print(Text(text, "dim"))
 
-    def command(self, name: str, value: str = "") -> None:
-        """One of the commands of HELP, less /quit."""
-        system, value = value, value.strip()
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.start = len(self.report.turns)
+
+    def command(self, name: str, value: str) -> str:
+        """Run one of the commands of HELP and return what to say."""
         if name == "/help":
-            said = HELP
-        elif name == "/reset":
-            self.histories = [[] for _ in self.columns]
-            said = "Forgotten."
-        elif name == "/system":
-            self.manner = replace(self.manner, system_prompt=system if value else None)  # "summarize: " ends in a space
-            self.histories = [[] for _ in self.columns]
-            said = f"System prompt: {value or 'none'}. What was said is forgotten."
-        elif name == "/temperature":
-            said = self._temperature(value)
-        elif name == "/save":
-            said = self._save(value)
-        else:
-            said = f"There is no command {name}; /help lists them. A prompt that begins with / wants a space before it."
-        self.console.print(Text(said, "dim"))
+            return HELP
+        if name == "/reset":
+            self.reset()
+            return "The conversation is forgotten."
+        if name == "/system":
+            self.settings = replace(self.settings, system_prompt=value if value.strip() else None)
+            self.reset()
+            return f"System prompt: {value.strip() or 'none'}. The conversation is forgotten."
+        if name == "/temperature":
+            return self._set_temperature(value)
+        if name == "/save":
+            return self._save(value.strip())
+        return f"There is no command {name}. /help lists them. A prompt that begins with / needs a space before it."
 
-    def _temperature(self, value: str) -> str:
+    def _set_temperature(self, value: str) -> str:
         try:
             temperature = float(value)
         except ValueError:
             temperature = -1.0
         if not 0 <= temperature <= 100:
-            return f"/temperature {value}: give a number from 0 (greedy) up; it is {self.manner.temperature:g}."
-        self.manner = replace(self.manner, temperature=temperature)
+            return f"/temperature: give a number from 0 (greedy) to 100. It is {self.settings.temperature:g}."
+        self.settings = replace(self.settings, temperature=temperature)
         return f"Temperature {temperature:g}."
 
     def _save(self, value: str) -> str:
-        if not value or not self.turns:
-            return "/save FILE: give a file." if self.turns else "/save: nothing was said yet."
+        if not value or not self.report.turns:
+            return "/save FILE: writes the conversation, once there is one."
+        path = Path(value).expanduser()
         try:
-            pages.write([Path(value).expanduser()], self.turns, self.manner, self.about)
-        except (OSError, ValueError) as error:
-            return f"/save {value}: {error}"
-        return f"Saved {value}"
+            render.check_outputs([path], overwrite=False)
+            render.write(self.report, path)
+        except (OSError, UserError) as error:
+            return f"/save: {error}"
+        return f"Saved {path}"
 
     def turn(self, prompt: str) -> None:
-        """Ask every column and show what it says while it says it."""
-        turn = Turn(prompt, [Reply(column.name) for column in self.columns])
-        seed = None if self.about["seed"] is None else self.about["seed"] + len(self.turns)
-        self.turns.append(turn)
-        everyone = range(len(self.columns))
-        for together in [everyone] if fits(len(self.columns), self.console.width) else [[index] for index in everyone]:
-            self._show(turn, together, seed)
-        for sentence in self.scores.left_out[self.told :]:
-            self.console.print(Text(sentence, "yellow"))
-            self.about["notes"].append(sentence)
-        self.told = len(self.scores.left_out)
-
-    def _show(self, turn: Turn, together: list[int], seed: int | None) -> None:
-        """Draw the replies of some columns, which stand beside each other."""
-        growing = True
+        """Let every model complete a prompt, one after the other, and show the completions while they grow."""
+        settings = self.settings
+        if settings.seed is not None:
+            settings = replace(settings, seed=settings.seed + len(self.report.turns))
+        turn = Turn(prompt, {model.name: Completion() for model in self.models})
+        self.report.turns.append(turn)
+        known = len(self.rewards.problems)
 
         def screen():
-            return side_by_side([turn.replies[index] for index in together], self.console, growing)
+            return render.side_by_side(turn.completions, self.console, self.console.height)
 
-        with _silent_keys(), Live(get_renderable=screen, console=self.console, vertical_overflow="crop", refresh_per_second=8):
-            for index in together:
-                self._ask(index, turn, seed)
-            growing = False
-
-    def _ask(self, index: int, turn: Turn, seed: int | None) -> None:
-        system = [{"role": "system", "content": self.manner.system_prompt}] if self.manner.system_prompt else []
-        history, stop = self.histories[index], threading.Event()
-        messages = [*system, *history, {"role": "user", "content": turn.prompt}]
-        with _ctrl_c_sets(stop):
-            for reply in draw(self.columns[index], messages, self.manner, stop, seed):
-                turn.replies[index] = reply
-        if reply.problem and not reply.text:
-            return
-        history += [messages[-1], *reply.said]
-        with contextlib.suppress(KeyboardInterrupt):  # a judge may take long
-            found = self.scores.of([messages], [reply.messages or reply.text], reply.ids and [reply.ids])
-            reply.rewards = {name: values[0] for name, values in found.items()}
+        with _keys_unseen(), Live(get_renderable=screen, console=self.console, transient=True, refresh_per_second=8):
+            for model in self.models:
+                stop = threading.Event()
+                before = signal.signal(signal.SIGINT, lambda *_: stop.set())  # noqa: B023  # rich must not be interrupted
+                try:
+                    for _ in converse(model, self.report.turns[self.start :], settings, self.rewards, stop):
+                        pass
+                finally:
+                    signal.signal(signal.SIGINT, before)
+        self.console.print(render.side_by_side(turn.completions, self.console))
+        for problem in self.rewards.problems[known:]:
+            self.say(problem)
 
 
 @contextlib.contextmanager
-def _ctrl_c_sets(stop: threading.Event):
-    """While a reply is drawn Ctrl-C ends it and nothing else: an exception could strike in the middle of a screen's redrawing."""
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _silent_keys():
-    """While the screen is being redrawn no key is echoed into it, and Ctrl-C throws away nothing that is on its way there.
+def _keys_unseen():
+    """While the screen is redrawn no key is echoed into it, and Ctrl-C throws away nothing that is on its way there.
 
     What is typed meanwhile stands at the next prompt.
     """
@@ -167,9 +140,10 @@ def _silent_keys():
         yield
         return
     before = termios.tcgetattr(sys.stdin)
-    silent = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    unseen = [*before]
+    unseen[3] = before[3] & ~termios.ECHO | termios.NOFLSH
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
     try:
         yield
     finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

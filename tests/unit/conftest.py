@@ -1,0 +1,3 @@
+"""Fixtures of the quick tests."""
+
+from chat_models import checkpoints, place  # noqa: F401
