@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from outside_data import outside_data
+from helpers import test_data
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from rewards.answer_match import answer_exact, answer_f1, answer_match_reward, passage_retrieved
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_named(given, said):
 
 def test_matches_are_those_of_squads_evaluation():
     """As transformers has it, on gold answers, the words around them, and whole contexts."""
-    articles = json.loads(outside_data("squad/squad_v2.json").read_text(encoding="utf-8"))["data"]
+    articles = json.loads(test_data("squad/squad_v2.json").read_text(encoding="utf-8"))["data"]
     rows = [
         (part["context"], asked)
         for article in articles

@@ -5,9 +5,9 @@ import json
 import math
 
 import pytest
+from helpers import test_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outside_data import outside_data
 from rouge_score.rouge_scorer import RougeScorer
 
 from rewards.chinese import chinese_reward
@@ -182,7 +182,7 @@ def test_rouge_is_that_of_rouge_score_on_any_letters(text, reference):
 
 def test_rouge_on_real_summaries():
     """Summaries against themselves, their neighbours and the posts."""
-    with open(outside_data("tldr/tldr.jsonl"), encoding="utf-8") as file:
+    with open(test_data("tldr/tldr.jsonl"), encoding="utf-8") as file:
         rows = [json.loads(line) for line in itertools.islice(file, 12)]
     for row, after in itertools.pairwise(rows):
         for text in (row["completion"], after["completion"], row["prompt"][:500]):

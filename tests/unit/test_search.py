@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import bm25s
 import pytest
-from outside_data import outside_data
+from helpers import test_data
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
@@ -89,7 +89,7 @@ FOUND_BY = 0.94  # of SQuAD's answerable questions; the library's own tokenisati
 
 def test_squad_questions_find_their_passages(corpus):
     """Among the first three of 120: more often than by the library's own tokenisation."""
-    path = outside_data("squad/squad_v2.json")
+    path = test_data("squad/squad_v2.json")
     parts = [
         part for article in json.loads(path.read_text(encoding="utf-8"))["data"] for part in article["paragraphs"]
     ]
@@ -114,7 +114,7 @@ def test_squad_questions_find_their_passages(corpus):
 @pytest.fixture(scope="module")
 def qwen():
     """A tokenizer as models have it."""
-    return AutoTokenizer.from_pretrained(outside_data("qwen2.5_tokenizer"))
+    return AutoTokenizer.from_pretrained(test_data("qwen2.5_tokenizer"))
 
 
 LONG = {
