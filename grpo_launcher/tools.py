@@ -31,9 +31,8 @@ SHORTER = decimal.Context(prec=50, **LIMITS)  # makes 1 of the 0.99999… that 1
 SIGNS = {chr(code + 0xFEE0): chr(code) for code in range(0x21, 0x7F)}  # full-width
 SIGNS |= {"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**"}
 THOUSANDS = re.compile(r"(?<![\w.])\d{1,3}(?:,\d{3})+(?![\d,])")
-GRAMMAR = (
-    "write numbers, + - * / // % (remainder) ** ( ), abs, ceil, floor, max, min, round, sqrt; 20 percent is 20 / 100"
-)
+GRAMMAR = "write numbers, + - * / // % (remainder) ** ( ), abs, ceil, floor, max, min, round and sqrt only"
+GRAMMAR += "; 20 percent is 20 / 100"
 
 
 def calculator(expression: str) -> str:
@@ -46,12 +45,15 @@ def calculator(expression: str) -> str:
     if not isinstance(expression, str) or not expression.strip() or len(expression) > 500:
         raise ValueError("the expression must be text of 1 to 500 characters, such as '2 * (3 + 4)'")
     text = " ".join(expression.translate(str.maketrans(SIGNS)).lower().split())
-    has_function = re.search("[a-z]{2}", text)
-    if has_function and THOUSANDS.search(text):  # max(1,234) could mean either
+    names = re.findall(r"(?<![\w.])[^\W\d]\w*", text)
+    unknown = [name for name in names if name not in FUNCTIONS]
+    if unknown:
+        raise ValueError(f"cannot read {unknown[0]!r:.40}; {GRAMMAR}")
+    if names and THOUSANDS.search(text):  # max(1,234) could mean either
         raise ValueError(
             "beside a function write thousands without commas, and a space behind a comma: max(1234, 567)"
         )
-    if re.search(r"%\s*(?:[-+*/)=]|of\b|$)", text):  # else 20% + 5 would be a remainder
+    if re.search(r"%\s*(?:[-+*/)=]|$)", text):  # else 20% + 5 would be a remainder
         raise ValueError(f"cannot read {text!r:.60}; {GRAMMAR}")
     text = THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     try:
