@@ -126,6 +126,42 @@ def test_full_fine_tuning_of_1_5_billion_weights(gpus, memory, ranks, remedies, 
     assert problem.startswith("memory:") and all(remedy in problem for remedy in remedies)
 
 
+MADE_FOR = {  # GPUs and GiB of each for which a recipe is made -> ranks that train, and who generates
+    "calculator": {(2, 24): (1, "server")},
+    "kuakua": {(1, 24): (1, "colocate"), (4, 24): (3, "server")},
+    "mcq_refusal": {(2, 24): (1, "server")},
+    "search_qa": {(2, 24): (1, "server")},
+    "summarize_bart": {(1, 24): (1, None), (4, 24): (4, None)},
+    "summarize_t5": {(1, 24): (1, None), (2, 24): (2, None)},
+    "summarize_t5_lora": {(1, 16): (1, None), (4, 16): (4, None)},
+    "summarize_t5_sft": {(1, 16): (1, None), (2, 16): (2, None)},
+    "tldr_ddp": {(3, 24): (2, "server"), (4, 24): (3, "server")},
+    "tldr_dr_grpo": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_length": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_lora": {(1, 24): (1, "colocate"), (2, 24): (1, "server")},
+    "tldr_qlora": {(1, 24): (1, None), (4, 24): (4, None)},
+    "tldr_ref_sync": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_rouge": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+    "tldr_stream": {(2, 48): (1, "server"), (4, 24): (3, "server")},
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+def test_a_recipe_has_no_problem_on_the_hardware_that_it_is_made_for(name, check):
+    """Nor anywhere else for want of anything but memory. Without a GPU two ranks train."""
+    flags, parallel = [], "ddp" if name in ("tldr_ddp", "tldr_qlora") else "zero3"
+    if "summar" in name:  # the name of the model does not say that it has an encoder
+        flags = ["--model_name_or_path", "small-bart" if name.endswith("bart") else "small-t5"]
+    made_for = MADE_FOR.get(name, {(0, 24): (2, None if flags else "server")})
+    for gpus, memory in {*made_for, (0, 24), (1, 24), (4, 24)}:
+        report = check(name, gpus, *flags, memory=memory, small=False)
+        assert report.missing and report.layout.parallel == parallel
+        assert all(problem.startswith("memory:") for problem in report.problems), report.problems
+        if (gpus, memory) in made_for:
+            mode = report.values["vllm_mode"] if report.values["use_vllm"] else None
+            assert report.problems == [] and (report.layout.ranks, mode) == made_for[gpus, memory]
+
+
 def test_lora_and_ddp_count_the_memory_that_they_take(check):
     """DDP keeps weights, gradients, Adam and the reference in 32 bits on each GPU. ZeRO-3 is the remedy."""
     assert check("tldr_lora", 2, small=False).problems == []
@@ -203,6 +239,12 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
     "stream without context": (None, 4, f"{STREAM} --max_steps 2", "vllm_max_model_length", "of a stream"),
     "LoRA targets": ("tldr_lora", 2, "--lora_target_modules q v_proj", "lora_target_modules", "linear layer q"),
     "one LoRA target": ("tldr_lora", 2, "--lora_target_modules q_proj", "lora_target_modules", "use some of"),
+    "stream without end": (None, 4, f"{STREAM} --vllm_max_model_length 600", "max_steps", "no length"),
+    "vLLM with 4 bits": ("tldr_qlora", 1, "--use_vllm true", "use_vllm", "configs/tldr_qlora.yaml works"),
+    "ZeRO-3 with 4 bits": ("tldr_qlora", 1, "--parallel zero3", "parallel", "ddp"),
+    "4 bits without LoRA": ("tldr_qlora", 1, "--use_peft false", "use_peft", "use_peft: true"),
+    "reference without KL": ("tldr_ref_sync", 4, "--beta 0", "sync_ref_model", "set beta"),
+    "reference with LoRA": ("tldr_ref_sync", 4, "--use_peft true", "sync_ref_model", "leave it out"),
     "metric": ("tldr_rouge", 4, "--metric_for_best_model rouge", "metric_for_best_model", "eval_rewards/rouge_reward"),
     "metric without evaluation": ("tldr_lora", 2, "--metric_for_best_model reward", "metric_for_best_model", "steps"),
     "best step not saved": (
