@@ -68,7 +68,7 @@ REFUSED = {
     "division by zero": ("3 / (2 - 2)", "division by zero"),
     "remainder of a division by zero": ("5 % 0", "division by zero"),
     "zero to a negative power": ("0 ** -1", "division by zero"),
-    "a name": ("x * 2", r"cannot read 'x .*; write numbers"),
+    "a name": ("x * 2", r"cannot read 'x'; write numbers"),
     "a product without a sign": ("2x", r"cannot read '2x"),
     "a unit": ("$5 * 3", r"cannot read '\$5"),
     "percent": ("20% of 50", "20 percent is 20 / 100"),
