@@ -1,0 +1,90 @@
+"""The run folder: what is written is read back, and half-written checkpoints are passed over."""
+
+import os
+
+import pytest
+import yaml
+
+from grpo_launcher import runs
+from grpo_launcher.config import load_config
+from grpo_launcher.errors import UserError
+from grpo_launcher.runs import Run, load_run
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A working directory with a file of a user's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+    return tmp_path
+
+
+def test_run_json_and_recipe_give_the_same_values(work):
+    """run.json holds all, and recipe.yaml what was given, so that it can be started again."""
+    argv = ["--model_name_or_path", "m", "--dataset_name", "data/喜", "--reward_funcs", "mine.py:f", "--beta", "1e-2"]
+    config = load_config([*argv, "--output_dir", "out", "--guards", '{"kl": null}', "--bf16", "false"])
+    run = Run(work / "out", "mine", config.values, config.given, "Be short: 喜", 7, {"ranks": 2}, {"sync": None})
+    run.write()
+    again = load_run(work / "out")
+    assert again == run and again.versions["trl"] and again.versions["commit"]
+    assert load_config(["--config", "out/recipe.yaml"]).values == config.values | {"output_dir": None}
+    given = yaml.safe_load((work / "out/recipe.yaml").read_text(encoding="utf-8"))
+    assert set(given) == set(config.given) - {"output_dir"} and given["reward_funcs"] == [f"{work}/mine.py:f"]
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["recipe.yaml", "run.json"], "no draft is left"
+
+
+def test_a_run_that_was_moved_is_read_from_where_it_is(work):
+    Run(work / "a", "mine", {}, []).write()
+    (work / "a").rename(work / "b")
+    assert load_run(work / "b").folder == work / "b"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no run"), ("{", "cannot be read"), ('{"a": 1}', "cannot be read")]
+)
+def test_a_folder_without_a_whole_run_is_refused(content, message, work):
+    if content:
+        (work / "run.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_run(work)
+
+
+def test_runs_are_numbered_and_the_newest_is_found(work):
+    """By the time of its run.json. A folder without one is not a run yet."""
+    assert runs.newest_run() is None
+    folders = [runs.new_run(name) for name in ("a", "b", "a")]
+    assert [str(folder) for folder in folders] == [f"trainOutput/{name}" for name in ("a/1", "b/1", "a/2")]
+    assert runs.newest_run() is None and os.readlink("trainOutput/a/latest") == "2"
+    for time, folder in [(3, folders[1]), (2, folders[2])]:
+        Run(folder, "x", {}, []).write()
+        os.utime(folder / "run.json", (time, time))
+    assert runs.newest_run() == folders[1] and runs.newest_run("a") == folders[2]
+    assert runs.newest_run("c") is None
+    assert runs.label(folders[2]) == runs.label(work / "trainOutput/a/latest") == "a/2"
+    assert runs.label(work / "mine") == "mine"
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, [9, 100]), (2, [10])])
+def test_half_written_checkpoints_are_passed_over(ranks, steps, work):
+    """The trainer's state comes after the weights, and the random state of each rank last."""
+    for name, files in {
+        "checkpoint-9": ["trainer_state.json", "rng_state.pth"],
+        "checkpoint-100": ["trainer_state.json", "rng_state.pth"],
+        "checkpoint-10": ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"],
+        "checkpoint-101": ["model.safetensors"],
+        "checkpoint-102": ["trainer_state.json", "rng_state_0.pth"],
+        "checkpoint-103-draft": ["trainer_state.json", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"],
+        "diverged-checkpoint-104": ["trainer_state.json", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"],
+    }.items():
+        (work / name).mkdir()
+        for file in files:
+            (work / name / file).touch()
+    assert runs.checkpoints(work, ranks) == [work / f"checkpoint-{step}" for step in steps]
+    assert runs.last_checkpoint(work, ranks) == work / f"checkpoint-{steps[-1]}"
+    assert runs.last_checkpoint(work / "nowhere", ranks) is None
+
+
+def test_metrics_end_with_the_last_whole_line(work):
+    assert runs.read_metrics(work) == []
+    (work / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert runs.read_metrics(work) == [{"step": 1}, {"step": 2}]
