@@ -43,7 +43,7 @@ FORMATS = {
     "text": (lambda prompt, text: (prompt, text), "warn"),
     "tools": (lambda prompt, text: (_user(prompt), TOOL_TURNS + _assistant(text)), "warn"),
 }
-READ = "a chat completion is a list of messages: read it with grpo_launcher.messages.last_reply"
+READ = "read completions with grpo_launcher.messages.last_reply, which takes text and lists of chat messages"
 OWN_FLAGS = {"--help", "--prompt", "--column"}
 
 
@@ -100,7 +100,7 @@ def load(names: list[str], options: dict, columns: dict[str, list]) -> list[Call
             try:
                 reward.ready()
             except ValueError as error:
-                raise UserError(name, first_line(error)) from error
+                raise UserError("reward_funcs", first_line(error)) from error
     return loaded
 
 

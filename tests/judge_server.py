@@ -12,8 +12,7 @@ class JudgeServer:
     """`with JudgeServer(answer) as judge:` listens at judge.url on a free port of this machine until the block ends.
 
     Args:
-        answer: (reply, request) -> what the judge says, or (status, body) with a body that is a dict, or a text that is
-            sent as it is.
+        answer: (reply, request) -> what the judge says, or (status, body); a body that is text is sent as it is.
         delay: seconds before each answer.
         model: the only one that it has.
         key: wanted as Bearer; None wants none.
