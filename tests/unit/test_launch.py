@@ -1,0 +1,306 @@
+"""The launcher in this process, up to the point where it would start server and ranks."""
+
+import itertools
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+import pytest
+import yaml
+from helpers import ROOT
+from tiny_models import make_model
+
+from grpo_launcher.config import load_config
+from grpo_launcher.errors import UserError
+from grpo_launcher.launch import __main__ as launcher
+from grpo_launcher.launch import commands, hardware
+from grpo_launcher.launch.arguments import parse
+from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
+from grpo_launcher.preflight import preflight
+from grpo_launcher.runs import load_run
+
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    make_model(folder / "model", seed=0)
+    for name, count in {"rows": 64, "seven": 7}.items():
+        rows = [{"prompt": f"post {number}"} for number in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def launch(home, tmp_path, monkeypatch):
+    """A function that runs the launcher in an empty folder with a small model and rows, and returns its exit status.
+
+    launch.supervised: arguments of supervise(). launch.modules: what was run with python -m.
+    """
+    for path in home.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "catching_signals", nullcontext)
+    monkeypatch.setattr(
+        launcher, "run_preflight", lambda argv, hardware, options, start: preflight(argv, hardware, options)
+    )
+
+    def run(flags: str, recipe: str = QUICKSTART) -> int:
+        return launcher.main([recipe, *shlex.split(flags)])
+
+    run.supervised, run.modules = [], []
+    monkeypatch.setattr(launcher, "supervise", lambda *arguments: run.supervised.append(arguments) or 0)
+    monkeypatch.setattr(launcher, "_run_module", lambda *arguments: run.modules.append(arguments))
+    return run
+
+
+SMALL = "--model_name_or_path model --dataset_name rows.jsonl"
+REFUSED = {
+    "unknown flag": ("--learning_rat 1", "--learning_rat: ", "did you mean learning_rate?"),
+    "missing dataset": (f"{SMALL} --dataset_name data/tldr", "dataset_name: ", "process_dataset.py tldr"),
+    "missing model": (f"{SMALL} --model_name_or_path data/nothing", "model_name_or_path: ", "data/nothing"),
+    "too few rows": (f"{SMALL} --dataset_name seven.jsonl", "dataset_name: ", "7 prompts"),
+    "folder in use": (f"{SMALL} --output_dir model", "output_dir: ", "is not empty"),
+    "checkpoint by hand": (f"{SMALL} --resume_from_checkpoint x", "resume_from_checkpoint: ", "--resume"),
+    "resume without a run": ("--resume", "--resume: ", "no run of quickstart"),
+    "resume of no run": ("--resume --output_dir model", "model: ", "no run"),
+    "no such GPU": (f"{SMALL} --use_cpu false", "use_cpu: ", "False does not fit"),
+    "colocate": (f"{SMALL} --colocate", "--colocate: ", "there is no GPU"),
+}
+
+
+@pytest.mark.parametrize(("flags", "field", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_before_anything_starts(flags, field, message, launch, tmp_path, capsys):
+    """Exit status 2, and no run folder."""
+    assert launch(flags) == 2
+    errors = capsys.readouterr().err
+    assert f"error: {field}" in errors and message in errors
+    assert launch.supervised == launch.modules == [] and not (tmp_path / "trainOutput").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["configs/tldr_lenght.yaml"], "did you mean configs/tldr_length.yaml?"),
+        (["--assume-gpus", "4"], "needs --dry-run"),
+        (["--dry-run", "--assume-memory", "80"], "needs --assume-gpus"),
+        (["--dry-run", "--assume-gpus", "-1"], "at least 0"),
+        (["--vllm_gpus", "0"], "at least 1"),
+        (["--sync", "smoke"], "invalid choice"),
+        (["--dry-run", "configs/quickstart.yaml"], "the recipe comes first"),
+    ],
+)
+def test_a_mistyped_command_line_is_refused(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(argv)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--help", "configs/quikstart.yaml"])
+def test_help_and_a_mistyped_recipe_take_the_time_of_a_python_start(argument):
+    """The standard library alone answers. The fastest of five, in multiples of `python3 -c pass`."""
+
+    def fastest(*command: str) -> float:
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run(command, capture_output=True, cwd=ROOT)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    assert fastest("bash", "launch_train.sh", argument) < 12 * fastest("python3", "-c", "pass")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "memory", "status", "message"),
+    [
+        ("quickstart", 0, 24, 0, "use_cpu: true"),
+        ("tldr_length", 1, 24, 2, "3 such GPUs"),
+        ("tldr_length", 1, 80, 0, "vLLM inside each rank"),
+        ("tldr_length", 4, 24, 0, "CUDA_VISIBLE_DEVICES=3 "),
+        ("tldr_length", 8, 80, 0, "num_processes: 7"),
+    ],
+)
+def test_a_dry_run_plans_for_hardware_that_is_not_there(
+    recipe, gpus, memory, status, message, launch, tmp_path, capsys
+):
+    """Neither model nor data need be there. What is missing is named, and nothing is made."""
+    flags = f"--dry-run --assume-gpus {gpus} --assume-memory {memory}"
+    assert launch(flags, str(ROOT / f"configs/{recipe}.yaml")) == status
+    output = capsys.readouterr()
+    assert message in output.out + output.err
+    assert ("Before it can run: dataset_name: " in output.out) == (status == 0)
+    assert launch.supervised == launch.modules == [] and not (tmp_path / "trainOutput").exists()
+
+
+def test_a_run_is_written_before_it_starts(launch, tmp_path, capsys):
+    """The default layout of the CPU. The ranks read the values that the server was started with."""
+    assert launch(f"{SMALL} --max_steps 7 --vllm_server_host 0.0.0.0") == 0
+    ((run, url, timeout),) = launch.supervised
+    written = load_run(run.folder)
+    assert written == run and run.folder.resolve() == tmp_path / "trainOutput/quickstart/1"
+    assert written.values["max_steps"] == 7 and "max_steps" in written.given
+    port = written.values["vllm_server_port"]
+    assert url == f"http://127.0.0.1:{port}" and timeout == written.values["vllm_server_timeout"] == 900
+    assert written.values["output_dir"] == str(run.folder) and written.layout["ranks"] == 2
+    server, trainer = written.commands["server"]["argv"], written.commands["trainer"]["argv"]
+    assert server[server.index("--port") + 1] == str(port) and trainer[-2:] == ["--run", str(run.folder)]
+    accelerate = yaml.safe_load((run.folder / "accelerate.yaml").read_text())
+    assert accelerate["num_processes"] == 2 and accelerate["use_cpu"] and accelerate["mixed_precision"] == "no"
+    ports = {port, written.values["vllm_group_port"], accelerate["main_process_port"]}
+    assert len(ports) == 3 and "Run: trainOutput/quickstart/1" in capsys.readouterr().out
+
+
+def test_resume_goes_on_with_the_run(launch, tmp_path, capsys):
+    """With its recipe, its flags and its options, from its last whole checkpoint; not with another number of ranks."""
+    assert launch(f"{SMALL} --max_steps 7 --sync disk") == 0
+    folder = tmp_path / "trainOutput/quickstart/1"
+    assert launch("--resume") == 2 and "no whole checkpoint" in capsys.readouterr().err
+    for step, files in {
+        4: ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"],
+        5: ["rng_state_0.pth"],
+    }.items():
+        (folder / f"checkpoint-{step}").mkdir()
+        for file in files:
+            (folder / f"checkpoint-{step}" / file).touch()
+    assert launch("--resume --max_steps 9") == launch("--resume --output_dir trainOutput/quickstart/1") == 0
+    _, first, second = [run for run, *_ in launch.supervised]
+    assert first.folder.resolve() == second.folder.resolve() == folder and first.recipe == "quickstart"
+    assert first.values["resume_from_checkpoint"].endswith("quickstart/1/checkpoint-4")
+    assert (first.values["max_steps"], second.values["max_steps"]) == (9, 9), "the flags of a resumed run stay"
+    assert first.values["model_name_or_path"] == "model" and second.options["sync"] == "disk"
+    content = json.loads((folder / "run.json").read_text())
+    content["layout"]["ranks"] = 1
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "checkpoint-4/rng_state.pth").touch()
+    assert launch("--resume") == 2 and "trained by 1 ranks" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_made_once(launch, tmp_path, capsys):
+    """An adapter is merged, and the recipe's `prepare` is run; not for what a flag named, and not twice."""
+    assert launch("") == 2 and launch.modules == [("grpo_launcher.quickstart",)]
+    assert "model_name_or_path: data/quickstart-model" in capsys.readouterr().err
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").touch()
+    assert launch("--model_name_or_path adapter --dataset_name rows.jsonl") == 2
+    assert launch.modules[1:] == [("grpo_launcher.merge", "adapter")]
+
+
+def test_a_given_port_that_is_taken_is_refused(launch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert not hardware.is_port_free(port) and port not in hardware.free_ports(50)
+        assert launch(f"{SMALL} --vllm_server_port {port}") == 2
+    assert f"error: vllm_server_port: port {port} is taken" in capsys.readouterr().err
+    assert hardware.is_port_free(port) and len(set(hardware.free_ports(50))) == 50
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A function that returns the server's command and the layout, for so many GPUs and these flags."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+
+    def make(gpus: int, flags: str = ""):
+        argv = f"--model_name_or_path m --dataset_name d --reward_funcs mine.py:f --vllm_server_port 8001 {flags}"
+        config = load_config(["--vllm_server_host", "127.0.0.1", *shlex.split(argv)])
+        machine = Hardware([Gpu(str(index), 24) for index in range(gpus)], [0, 1, 2, 3], 32)
+        layout, filled, problems = choose_layout(config.values, config.given, machine, Options(), is_seq2seq=False)
+        assert problems == []
+        command = commands.server_command(config.values | filled, config.given, layout, machine)
+        return command, layout, machine
+
+    return make
+
+
+def test_settings_of_trl_become_flags_of_the_server(server):
+    """What is not given stays the server's own default. vllm_server_args come last, so that they win."""
+    flags = "--vllm_gpu_memory_utilization 0.5 --vllm_model_impl transformers --vllm_max_model_length 512 --fp16 true"
+    flags += " --vllm_tensor_parallel_size 2 --model_revision abc --trust_remote_code true --vllm_server_args=--seed=3"
+    argv = server(4, flags)[0].argv
+    wanted = (
+        "--model m --dtype float16 --host 127.0.0.1 --port 8001 --gpu-memory-utilization 0.5 --model-impl transformers"
+    )
+    wanted += " --max-model-len 512 --tensor-parallel-size 2 --revision abc --logprobs-mode processed_logprobs"
+    words = wanted.split()
+    assert set(zip(words[::2], words[1::2], strict=True)) <= set(itertools.pairwise(argv))
+    assert "--trust-remote-code" in argv and argv[-1] == "--seed=3"
+    argv = server(4)[0].argv
+    assert argv[argv.index("--tensor-parallel-size") + 1] == "1"
+    assert not {"--gpu-memory-utilization", "--model-impl", "--max-model-len", "--revision"} & set(argv)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "dtype"),
+    [
+        (0, "", "float32"),
+        (2, "", "bfloat16"),
+        (2, "--bf16 false", "float32"),
+        (2, "--bf16 false --dtype float16", "float16"),
+        (0, "--bf16 true", "bfloat16"),
+    ],
+)
+def test_the_server_computes_in_the_type_of_the_trainer(gpus, flags, dtype, server):
+    argv = server(gpus, flags)[0].argv
+    assert argv[argv.index("--dtype") + 1] == dtype
+
+
+def test_server_and_ranks_share_no_device_and_see_no_folder_of_the_user(server, tmp_path):
+    for gpus in (0, 4):
+        command, layout, machine = server(gpus)
+        trainer = commands.trainer_command(layout, machine, tmp_path / "run")
+        for env in (command.env, trainer.env):
+            assert env["PYTHONSAFEPATH"] == "1" and "PYTHONPATH" not in env
+        assert not any(str(tmp_path) in word for word in [*command.argv, *command.env.values()])
+        assert command.argv[:2] == trainer.argv[:2] == [sys.executable, "-P"]
+        devices = [part.env["CUDA_VISIBLE_DEVICES"] for part in (command, trainer)]
+        if gpus:
+            assert devices == ["3", "0,1,2"] and trainer.env["VLLM_HOST_IP"] == "127.0.0.1"
+            assert "--weight-transfer-config" in command.argv and "--worker-extension-cls" not in command.argv
+        else:
+            assert devices == ["", ""] and trainer.env["DS_ACCELERATOR"] == "cpu"
+            assert command.env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1" and trainer.env["OMP_NUM_THREADS"] == "2"
+            assert "grpo_launcher.weight_sync_worker.DiskSyncWorker" in command.argv
+
+
+@pytest.mark.parametrize(
+    ("gpus", "flags", "kind", "precision"),
+    [
+        (0, "", "DEEPSPEED", "no"),
+        (0, "--parallel ddp", "MULTI_GPU", "no"),
+        (4, "", "DEEPSPEED", "bf16"),
+        (4, "--fp16 true --parallel ddp", "MULTI_GPU", "fp16"),
+        (4, "--bf16 false", "DEEPSPEED", "no"),
+    ],
+)
+def test_accelerate_gets_ranks_port_and_precision(gpus, flags, kind, precision, server):
+    _, layout, _ = server(gpus, flags)
+    values = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    config = commands.accelerate_config(values, layout, 1234)
+    assert (config["distributed_type"], config["mixed_precision"]) == (kind, precision)
+    assert (config["num_processes"], config["main_process_port"]) == (3 if gpus else 2, 1234)
+    assert config["use_cpu"] == (gpus == 0)
+
+
+def test_visible_devices_are_respected(monkeypatch, tmp_path):
+    """CUDA_VISIBLE_DEVICES chooses and orders. A GPU that is not there, or is named twice, is refused."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nprintf '0, GPU-aa, 24576\\n1, GPU-bb, 24576\\n2, GPU-cc, 24576\\n'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert hardware.find_gpus() == [Gpu(index, 24.0) for index in "012"]
+    for visible, found in {"2,GPU-aa": ["2", "GPU-aa"], "": [], "-1": [], "NoDevFiles": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [gpu.id for gpu in hardware.find_gpus()] == found
+    for visible, message in {"0,GPU-aa": "GPU-aa is named twice", "5": "no GPU 5"}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(UserError, match=message):
+            hardware.find_gpus()
