@@ -34,7 +34,8 @@ def build(argv: list[str], doc: str, models: dict[str, Callable[[Path, int], Non
         models: by NAME of the folder quickstart-NAME, what writes a model into a folder, given a seed.
         tasks: by name of the folder, the rows. The last model's tokenizer counts their tokens.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, formatter_class=formatter)
     parser.add_argument("--output", type=Path, default=Path("data"), help="where the folders are made (default: data)")
     parser.add_argument("--seed", type=int, default=0, help="of rows and models (default: 0)")
     parser.add_argument("--model", choices=models, nargs="+", default=[*models], help="models to make (default: all)")

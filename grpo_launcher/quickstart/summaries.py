@@ -26,7 +26,8 @@ RANKS = 2  # without a GPU
 
 def main(argv: list[str]) -> int:
     """Run the commands. Return the exit status of the first that failed, or 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
     parser.add_argument("--seed", type=int, default=0, help="of models, rows and training (default: 0)")
     parser.add_argument("--model", choices=["t5", "bart"], default="t5", help="which base model (default: t5)")
     parser.add_argument("--output", type=Path, help="folder of all (default: trainOutput/summaries/MODEL-SEED)")
