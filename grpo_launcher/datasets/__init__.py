@@ -174,7 +174,7 @@ def _complete(splits: dict, names: tuple[str, ...], seed: int) -> dict:
         splits["test"] = splits["validation"]
     for missing in [name for name in names if name not in splits]:
         rows = splits["train"]
-        if len(rows) == 1:
+        if len(rows) < 2:
             splits[missing] = rows
             continue
         parts = rows.train_test_split(test_size=max(1, min(TEST_ROWS, len(rows) // 10)), seed=seed)
@@ -212,12 +212,13 @@ def _prepare(split: str, raw, request: Request, tokenizer) -> list[dict]:
     mark = tokenizer_mark(request.tokenizer, tokenizer)
     counted = [row | {"prompt_tokens": tokens} for row, tokens in zip(rows, lengths, strict=True)]
     kept = [row | {"prompt_tokenizer": mark} for row in counted if row["prompt_tokens"] <= limit]
-    left_out[f"prompt over {limit} tokens"] = len(rows) - len(kept)
+    if len(kept) < len(rows):
+        left_out[f"prompt over {limit} tokens"] = len(rows) - len(kept)
     print(f"{split}: {len(kept)} of {len(raw)} rows kept")
-    for cause, count in (+left_out).most_common():
+    for cause, count in left_out.most_common():
         print(f"  {count} left out: {cause}")
     if not kept:
-        causes = ", ".join(+left_out) or "it is empty"
+        causes = ", ".join(left_out) or "it is empty"
         raise UserError(f"--source {request.source}", f"no row of its split {split} can be used: {causes}")
     median, high, longest = numpy.percentile([row["prompt_tokens"] for row in kept], [50, 95, 100])
     print(f"  prompt tokens: median {median:.0f}, 95th percentile {high:.0f}, longest {longest:.0f}")
