@@ -218,15 +218,18 @@ def write_card(folder: Path, hub_id: str | None = None) -> None:
     if curves:
         shutil.copy(curves, folder)
     base, dataset = run.values["model_name_or_path"], run.values["dataset_name"]
+    hub_base = base if _is_hub_id(base) else None
     is_adapter, is_seq2seq = (folder / "adapter_config.json").exists(), is_seq2seq_checkpoint(folder)
     samples, is_chat = _samples(run.folder / "completions")
     messages = [{"role": "user", "content": "..."}]
     if run.system_prompt:
         messages.insert(0, {"role": "system", "content": run.system_prompt})
     recipe = {name: _public(run.values[name]) for name in run.given if not HIDDEN_FIELDS.match(name)}
+    if is_adapter:
+        recipe["lora_dropout"] = run.values["lora_dropout"]  # the one training field whose default is not TRL's
     card_data = ModelCardData(
-        base_model=base if _is_hub_id(base) else None,
-        base_model_relation=("adapter" if is_adapter else "finetune") if _is_hub_id(base) else None,
+        base_model=hub_base,
+        base_model_relation=hub_base and ("adapter" if is_adapter else "finetune"),
         datasets=[dataset] if _is_hub_id(dataset) else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="summarization" if is_seq2seq else "text-generation",

@@ -34,8 +34,6 @@ from grpo_launcher.report import write_card
 from grpo_launcher.runs import FINAL
 from grpo_launcher.trl_version import check_trl_version
 
-__all__ = ["Trainer", "build_trainer", "check_trl_version", "skip_deepspeed_ops"]
-
 
 class Trainer(GRPOTrainer):
     """TRL's GRPOTrainer, with the figures, tools and models that it lacks.

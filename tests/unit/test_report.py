@@ -260,8 +260,9 @@ def test_completions_cannot_leave_their_frame(card):
 
 def test_the_card_of_a_seq2seq_adapter_by_sft(card):
     config = {"adapter_config.json": {"task_type": "SEQ_2_SEQ_LM"}}
-    text = card({"method": "sft", "model_name_or_path": "google-t5/t5-small"}, config=config)
+    text = card({"method": "sft", "model_name_or_path": "google-t5/t5-small", "lora_dropout": 0.0}, config=config)
     header = ModelCard(text).data.to_dict()
     assert header["library_name"] == "peft" and header["base_model_relation"] == "adapter"
     assert {"lora", "sft"} < set(header["tags"]) and header["pipeline_tag"] == "summarization"
-    assert "on the references of" in text and "AutoPeftModelForSeq2SeqLM" in text and "merge_and_unload" in text
+    assert "on the references of" in text and "lora_dropout: 0.0" in text
+    assert "AutoPeftModelForSeq2SeqLM" in text and "merge_and_unload" in text
