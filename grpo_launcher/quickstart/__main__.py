@@ -20,7 +20,7 @@ ROWS = {"train": 640, "test": 64}
 
 
 def make_model(folder: Path, seed: int) -> None:
-    """Pre-train the model on summaries, and on a little of all else that it is asked in demonstrations."""
+    """Pre-train the model on summaries, and on a little of what other recipes and chats put to it."""
     rng = random.Random(seed)
     dialogues = []
     for number, post in enumerate(posts(PRETRAINING_POSTS, seed)):

@@ -27,9 +27,7 @@ class Dialogue:
     """A dialogue to learn: chat messages, the last of them the assistant's."""
 
     messages: list[dict]
-    prompt_weight: float = (
-        0.5  # in the loss, of a token that the assistant does not write: words are learned there too
-    )
+    prompt_weight: float = 0.5  # in the loss, of what the assistant does not write: words are learned there too
     tools: tuple[Callable, ...] = ()  # whose schemas stand in the prompt
 
 

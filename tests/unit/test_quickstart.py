@@ -16,14 +16,14 @@ from grpo_launcher.quickstart import Task, build, corpus, encoder, pretrain, sum
 from grpo_launcher.quickstart import __main__ as quickstart
 from grpo_launcher.tools import calculator
 
-DIGESTS = {  # of what is generated with seed 0: the documented figures were measured with these rows
+DIGESTS = {  # of what is generated with seed 0: the documented figures were measured with it
     "posts": "3adc52d3d17d",
     "strange post": "ff717fc94372",
     "praise": "abc601273527",
     "articles": "958c8eadd282",
     "sums": "25247ca30182",
     "questions": "f01a0aaf5945",
-    "sum dialogues": "50cfb204c11e",
+    "sum dialogues": "3d36337c83bf",
     "question dialogues": "fec18314f0e4",
 }
 
@@ -38,7 +38,7 @@ def test_what_is_generated_stays_the_same():
         "articles": encoder.make_articles(20, 0),
         "sums": tools.make_sums(50, 0),
         "questions": tools.make_questions(0),
-        "sum dialogues": [tools._sum_dialogue(row, rng, [1, 0, 1]) for row in tools.make_sums(20, 0)],
+        "sum dialogues": [tools._sum_dialogue(row, rng, tools.SHARES) for row in tools.make_sums(20, 0)],
         "question dialogues": [tools._question_dialogue(rng, tools.SHARES) for _ in range(50)],
     }
     texts = {name: json.dumps(content, ensure_ascii=False) for name, content in generated.items()}
@@ -87,9 +87,9 @@ def test_dialogues_with_tools_are_right_wrong_or_guesses(kind):
             assert turn == []
             continue
         call, result = turn
-        asked = call["tool_calls"][0]["function"]["arguments"]["query"] == question["content"].removesuffix("?")
+        is_question = call["tool_calls"][0]["function"]["arguments"]["query"] == question["content"].removesuffix("?")
         name = question["content"].split()[2]
-        assert asked == (f"] {name} keeps " in result["content"]) == (kind == 0)
+        assert is_question == (f"] {name} keeps " in result["content"]) == (kind == 0)
         assert answer["content"].removeprefix("<answer>the ").removesuffix("</answer>") in result["content"]
 
 
