@@ -18,6 +18,8 @@ from nbclient import NotebookClient
 
 STORED = ROOT / "launch_train.ipynb"
 
+pytestmark = pytest.mark.timeout(1800)  # two starts of a server, a comparison and a chat in one fixture
+
 
 def code_cells(notebook) -> list:
     """Return the cells that are executed."""
@@ -101,7 +103,7 @@ def test_the_job_was_stopped_and_resumed(executed):
     lines = [line for line in read_metrics(run) if "reward" in line]
     assert [line["step"] for line in lines] == [*range(1, 13)]
     rewards = [line["reward"] for line in lines]
-    assert mean(rewards[-3:]) > mean(rewards[:3]) + 25
+    assert mean(rewards[-3:]) > mean(rewards[:3]) + 35
     assert (run / "final-checkpoint/README.md").exists()
 
 
