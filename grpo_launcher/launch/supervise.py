@@ -33,6 +33,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
     Returns:
         The trainer's exit status; EXIT_GUARD where a guard stopped it; EXIT_SERVER_LOST.
     """
+    (run.folder / STOPPED).unlink(missing_ok=True)  # of the run that is resumed
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
     children, undertaker, server = [], None, None
