@@ -1,0 +1,253 @@
+"""Server and ranks start together and end together, whatever ends them. Stubs stand for both."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from helpers import ROOT, Launch
+
+from grpo_launcher.launch import processes
+from grpo_launcher.launch import supervise as supervise_module
+from grpo_launcher.launch.supervise import first_traceback, supervise
+from grpo_launcher.runs import Run
+
+HEALTHY = """
+import http.server
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(PORT)), Health).serve_forever()
+"""
+IGNORE_TERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+STAY = "import time; time.sleep(300)"
+FAIL = """
+import sys
+print("Traceback is a word")
+def reward():
+    raise RuntimeError("the judge is asleep")
+try:
+    reward()
+except RuntimeError as error:
+    raise ValueError("a later error") from error
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """A function that supervises stubs and returns the exit status. It asserts that nothing of them is left.
+
+    trainer, server: Python code. PORT in the server's is the port at which its health is asked for.
+    """
+    monkeypatch.setattr(processes, "GRACE", 0.5)
+    monkeypatch.setenv("GRPO_SHARED_MEMORY", str(tmp_path / "shm"))
+    (tmp_path / "shm").mkdir()
+    started = []
+    monkeypatch.setattr(
+        supervise_module, "start", lambda *a, **k: started.append(processes.start(*a, **k)) or started[-1]
+    )
+
+    def command(code: str) -> dict:
+        return {"argv": [sys.executable, "-I", "-S", "-u", "-c", code], "env": {}}
+
+    def start(trainer: str, server: str | None = None, timeout: float = 30) -> int:
+        port = free_port()
+        commands = {"trainer": command(trainer)}
+        if server:
+            commands["server"] = command(server.replace("PORT", str(port)))
+        status = supervise(
+            Run(tmp_path, "stub", {}, [], commands=commands), f"http://127.0.0.1:{port}" if server else None, timeout
+        )
+        assert len(started) == len(commands) and all(child.poll() is not None for child in started)
+        assert list((tmp_path / "shm").iterdir()) == []
+        started.clear()
+        return status
+
+    return start
+
+
+def test_output_goes_to_console_and_log(run, tmp_path, capfd):
+    """The trainer's errors go to the log alone, and the server's output to its own. Weights get an empty folder."""
+    wait_for_server = (
+        f"import os, sys, time\nwhile not os.path.getsize({str(tmp_path / 'server.log')!r}): time.sleep(0.01)"
+    )
+    show = "print(os.listdir(os.environ['GRPO_SHARED_MEMORY'])); print('a warning', file=sys.stderr)"
+    assert run(f"{wait_for_server}\n{show}", "print('listening')\n" + STAY) == 0
+    assert capfd.readouterr().out.splitlines() == ["[]"]
+    assert sorted((tmp_path / "train.log").read_text().splitlines()) == ["[]", "a warning"]
+    assert "listening" in (tmp_path / "server.log").read_text()
+
+
+def test_a_trainer_that_fails_ends_the_server_with_the_first_traceback(run, tmp_path, capfd):
+    """Even a server that does not hear TERM."""
+    assert run(FAIL, IGNORE_TERM + HEALTHY) == 1
+    errors = capfd.readouterr().err
+    assert "RuntimeError: the judge is asleep" in errors and str(tmp_path / "train.log") in errors
+    assert "exit status 1" in errors
+
+
+def test_a_server_that_ends_ends_the_trainer(run, tmp_path, capfd):
+    assert run(STAY, FAIL) == supervise_module.EXIT_SERVER_LOST
+    errors = capfd.readouterr().err
+    assert "server ended with exit status 1" in errors and str(tmp_path / "server.log") in errors
+    assert "RuntimeError: the judge is asleep" in errors
+
+
+def test_a_server_that_never_is_healthy_ends_the_trainer(run, capfd):
+    assert run(STAY, STAY, timeout=0.3) == supervise_module.EXIT_SERVER_LOST
+    assert "no healthy answer" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("healthy", "trainer_ends", "status", "end"),
+    [
+        (lambda now: False, 9999, None, 900),
+        (lambda now: now > 800, 5000, 0, 5000),
+        (lambda now: 30 < now < 100, 9999, None, 280),
+        (lambda now: now > 30 and not 100 < now < 260, 5000, 0, 5000),
+    ],
+    ids=["never up", "up in time", "lost", "busy for a while"],
+)
+def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, monkeypatch, tmp_path):
+    """900 s until it is up, as the recipe says here, and UNHEALTHY_LIMIT after that. By a clock of the test's own."""
+    seconds = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: seconds[0], sleep=lambda time: seconds.append(seconds.pop() + time))
+    monkeypatch.setattr(supervise_module, "time", clock)
+    monkeypatch.setattr(supervise_module, "_is_healthy", lambda url: healthy(seconds[0]))
+    (tmp_path / "server.log").touch()
+    trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
+    server = SimpleNamespace(poll=lambda: None)
+    assert supervise_module._watch(tmp_path, trainer, server, "url", 900) == status
+    assert seconds[0] == pytest.approx(end, abs=11)
+
+
+def test_the_stop_of_a_guard_has_its_own_status(run, tmp_path, capfd):
+    """Also under accelerate, whose exit status is 1 for any failure of a rank. A resumed run begins anew."""
+    for status in (0, 1):
+        code = f"open({str(tmp_path / 'stopped.json')!r}, 'w'); raise SystemExit({status})"
+        assert run(code) == supervise_module.EXIT_GUARD
+    assert "failed" not in capfd.readouterr().err
+    assert run("raise SystemExit(1)") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        (["noise"] * 50 + ["the end"], "noise", "the end"),
+        (["[rank0]: Traceback (most recent call last):", "[rank0]:   a", "[rank0]: E: x", "y"], "[rank0]: Tr", "y"),
+        (["Traceback (most recent call last):"] + ["  a"] * 100 + ["E: x"] + ["y"] * 99, "  a", "y"),
+        (["x", "Fatal Python error: Aborted", "", "  a"], "Fatal", "  a"),
+    ],
+)
+def test_the_first_traceback_of_a_log_keeps_its_last_line(text, first, last, tmp_path):
+    (tmp_path / "log").write_text("\n".join(text))
+    lines = first_traceback(tmp_path / "log").splitlines()
+    assert lines[0].startswith(first) and lines[-1] == last and len(lines) <= 50
+    assert any("E: x" in line for line in lines) == any("E: x" in line for line in text)
+
+
+STUB = f'''#!{sys.executable} -IS
+"""Stands for every Python that the launcher starts. It stays at the stage that STUB_STAGE names."""
+import os, pathlib, signal, subprocess, sys, time
+
+module = sys.argv[sys.argv.index("-m") + 1]
+stage = os.environ["STUB_STAGE"]
+LAYOUT = {{"method": "grpo", "is_seq2seq": False, "parallel": "zero3", "ranks": 2}}
+LAYOUT |= {{"use_vllm": True, "starts_server": True}}
+VALUES = dict.fromkeys(["output_dir", "model_revision", "trust_remote_code", "vllm_max_model_length", "bf16", "fp16"])
+VALUES |= dict.fromkeys(["dtype", "vllm_server_args", "resume_from_checkpoint"])
+VALUES |= {{"model_name_or_path": ".", "weight_sync": "disk", "vllm_server_timeout": 60}}
+REPORT = {{"name": "stub", "values": VALUES, "given": [], "layout": LAYOUT, "model": None, "data": {{"columns": []}}}}
+
+
+def stay():
+    subprocess.Popen(["sleep", "300"])  # a grandchild, as a rank or vLLM's engine is
+    pathlib.Path(f"at-{{stage}}").touch()
+    time.sleep(300)
+
+
+if module == "grpo_launcher.preflight":
+    if stage == "preflight":
+        stay()
+    if stage == "prepare":
+        REPORT |= {{"missing": ["dataset_name: nothing"], "values": VALUES | {{"prepare": "prepare"}}}}
+    import json
+    print(json.dumps(REPORT))
+elif stage == "loading" and not module.startswith("vllm"):
+    time.sleep(300)
+elif module.startswith("vllm") and stage == "training":
+    {IGNORE_TERM}
+    exec({HEALTHY!r}.replace("PORT", sys.argv[sys.argv.index("--port") + 1]))
+else:
+    print("step 1", flush=True)
+    stay()
+'''
+LAUNCHER = """
+import sys
+sys.executable = sys.argv.pop(1)
+from grpo_launcher.launch import processes
+processes.GRACE = 1
+from grpo_launcher.launch.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A function that starts the launcher on stubs and waits for a stage. What is left of it is killed in the end."""
+    (tmp_path / "stub").write_text(STUB)
+    (tmp_path / "stub").chmod(0o755)
+    launches = []
+
+    def begin(stage: str, *prefix: str) -> Launch:
+        monkeypatch.setenv("STUB_STAGE", stage)
+        recipe = str(ROOT / "configs/quickstart.yaml")
+        command = [*prefix, sys.executable, "-c", LAUNCHER, str(tmp_path / "stub"), recipe]
+        launches.append(Launch(tmp_path, command=command))
+        while not (tmp_path / f"at-{stage}").exists():
+            assert launches[-1].process.poll() is None, launches[-1].tail()
+            time.sleep(0.02)
+        if stage == "training":
+            launches[-1].wait_for("server is up", timeout=60)
+        return launches[-1]
+
+    yield begin
+    for launched in launches:
+        launched.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("stage", ["preflight", "prepare", "loading", "training"])
+def test_a_signal_leaves_nothing(stage, number, start):
+    """At any stage, even where the server does not hear TERM. A second signal changes nothing."""
+    launched = start(stage)
+    for _ in range(2):
+        os.kill(launched.process.pid, number)
+    assert launched.process.wait(30) == 128 + number, launched.tail()
+    assert launched.leftovers() == [] and "--resume" in launched.text()
+    assert "step 1" in launched.text() or stage != "training"
+
+
+@pytest.mark.parametrize("stage", ["loading", "training"])
+def test_a_killed_launcher_takes_all_with_it(stage, start):
+    """Children get TERM from the kernel. What does not hear it gets KILL from the undertaker."""
+    launched = start(stage)
+    launched.process.kill()
+    assert launched.leftovers(patience=30) == []
+
+
+def test_a_run_under_nohup_goes_on_without_its_terminal(start):
+    launched = start("training", "nohup")
+    os.kill(launched.process.pid, signal.SIGHUP)
+    os.kill(launched.process.pid, signal.SIGTERM)
+    assert launched.process.wait(30) == 128 + signal.SIGTERM and launched.leftovers() == []
