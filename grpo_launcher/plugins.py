@@ -81,7 +81,7 @@ def _import_module(module_name: str, name: str, field: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if not module_name.startswith(error.name or ""):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it imports is not
         raise UserError(field, f"{name}: no module {module_name} is installed", OWN_CODE) from None
 
