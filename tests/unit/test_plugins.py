@@ -205,6 +205,14 @@ def test_an_error_inside_a_users_file_shows_file_and_line(source, tmp_path):
         assert (str(path), 3) in [(frame.filename, frame.lineno) for frame in last]
 
 
+def test_a_missing_dependency_of_an_installed_module_is_named(tmp_path, monkeypatch):
+    """It is not the module itself that is missing, even where the two names begin alike."""
+    (tmp_path / "nothing_more.py").write_text("import nothing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="'nothing'"):
+        load_object("nothing_more.f", "reward_funcs")
+
+
 def test_rewards_of_trl_work_by_their_dotted_name():
     """TRL's package is imported lazily, and its rewards take **kwargs."""
     names = ["trl.rewards.think_format_reward", "trl.rewards.accuracy_reward"]
