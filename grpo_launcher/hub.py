@@ -40,9 +40,8 @@ def use_cache_if_unreachable(timeout: float = 3) -> None:
 
 def hint() -> str:
     """Return what to do where something of the Hub was not found."""
+    mirror = "HF_ENDPOINT names a mirror"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
-        return (
-            f"name a local folder or file; the Hub was not asked ({endpoint()} does not answer or HF_HUB_OFFLINE is set; "
-            "HF_ENDPOINT names a mirror)"
-        )
-    return f"name a local folder or file, or check the name; the Hub was asked at {endpoint()} (HF_ENDPOINT names a mirror)"
+        reason = f"{endpoint()} does not answer, or HF_HUB_OFFLINE is set"
+        return f"name a local folder or file; the Hub was not asked ({reason}; {mirror})"
+    return f"name a local folder or file, or check the name; the Hub was asked at {endpoint()} ({mirror})"

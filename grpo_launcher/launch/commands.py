@@ -59,6 +59,8 @@ def trainer_command(layout: Layout, hardware: Hardware, folder: Path) -> Command
         threads = max(1, len(hardware.cpus) // 2)
         devices = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     argv = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", str(folder / ACCELERATE_FILE)]
+    # accelerate puts the working directory on PYTHONPATH: a user's queue.py would replace Python's. env undoes it.
+    argv += ["--no_python", "env", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", sys.executable, "-u"]
     return Command([*argv, str(PROJECT / "train.py"), "--run", str(folder)], _common_env() | devices)
 
 

@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 
 import pytest
-import trl
 from helpers import ROOT, means, read_metrics, run_python
 
 from grpo_launcher.quickstart.pretrain import Dialogue, pretrain
@@ -56,8 +55,7 @@ def task(tmp_path) -> Path:
         if rng.random() < 0.2:
             letter = "refuse"
         dialogues.append(Dialogue([*question(word), answer(word, letter)]))
-    template = Path(trl.__file__).parent / "chat_templates/qwen2_5.jinja"
-    pretrain(dialogues, template.read_text(), tmp_path / "base", 0, steps=300)
+    pretrain(dialogues, tmp_path / "base", 0, steps=300)
     words = [*KNOWN, *OPEN, *OPEN] * 80
     rng.shuffle(words)
     rows = [

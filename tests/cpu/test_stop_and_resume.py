@@ -39,5 +39,6 @@ def test_a_killed_run_resumes(workplace, launch):
     lines = second.metrics()
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[:3] == before[:3]
-    assert abs(mean(line["reward"] for line in lines[3:6]) - mean(line["reward"] for line in before[:3])) < 40
+    rewards = [[line["reward"] for line in part[3:5]] for part in (before, lines)]
+    assert abs(mean(rewards[0]) - mean(rewards[1])) < 35, "the weights of step 3 went on"
     assert is_in_sync(lines)

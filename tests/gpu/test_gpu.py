@@ -1,4 +1,4 @@
-"""The layouts that need a GPU. They run where one is visible (two for a server of its own), and are skipped elsewhere."""
+"""The layouts that need a GPU: they run where one is visible, and are skipped elsewhere."""
 
 import pytest
 from helpers import ROOT, Launch, run_python
