@@ -11,7 +11,15 @@ HEADROOM = 0.2  # share of a device's memory that is left to activations, gather
 
 
 def rank_memory(
-    parameters: int, ranks: int, *, bytes_per_weight: float, zero3: bool, lora: bool, reference: bool, offload: bool
+    parameters: int,
+    ranks: int,
+    *,
+    bytes_per_weight: float,
+    zero3: bool,
+    lora: bool,
+    syncs: bool,
+    reference: bool,
+    offload: bool,
 ) -> dict[str, float]:
     """Return the GiB on each rank, by what takes them.
 
@@ -23,7 +31,7 @@ def rank_memory(
     share = parameters / (ranks if zero3 else 1) / GIB
     parts = {"weights": bytes_per_weight * share}
     if lora:
-        if zero3:
+        if zero3 and syncs:
             parts["whole model at each sync"] = bytes_per_weight * parameters / GIB
         return parts
     parts["gradients"] = bytes_per_weight * share
@@ -52,6 +60,7 @@ def check_memory(
         "bytes_per_weight": _bytes_per_weight(values, zero3, bool(layout.train_gpus)),
         "zero3": zero3,
         "lora": values["use_peft"],
+        "syncs": layout.use_vllm,
         "reference": values["beta"] != 0 and layout.method == "grpo",
         "offload": offload and zero3,
     }

@@ -55,6 +55,9 @@ def merge(adapter: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Merge the adapter that the command line names."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if len(argv) != 1 or not (Path(argv[0]) / ADAPTER_CONFIG).exists():
         raise UserError("ADAPTER", f"name one folder with {ADAPTER_CONFIG}", "python -m grpo_launcher.merge ADAPTER")
     try:
