@@ -95,7 +95,7 @@ def side_by_side(completions: dict[str, Completion], console: Console, height: i
 
 def figures(completion: Completion) -> list[str]:
     """Return what is known of a completion beside its text: length, rewards, seconds and how it ended."""
-    if completion.tokens is None and not completion.text:
+    if completion.tokens is None and not completion.text and not completion.stopped:
         return []
     tokens = [] if completion.tokens is None else [f"{completion.tokens} tokens"]
     rewards = [f"{name} {_number(score, 2)}" for name, score in completion.rewards.items()]
@@ -182,9 +182,9 @@ def as_json(report: Report) -> str:
         content |= {"method": METHOD, "splits": {}}
         for split, summary in report.summary.groupby("split", sort=False):
             metrics = {}
-            for row in summary.drop(columns="split").to_dict("records"):
-                figures_of = metrics.setdefault(row.pop("metric"), {})
-                figures_of[row.pop("checkpoint")] = {name: value for name, value in row.items() if not pd.isna(value)}
+            for row in summary.to_dict("records"):
+                numbers = {name: value for name, value in list(row.items())[3:] if not pd.isna(value)}
+                metrics.setdefault(row["metric"], {})[row["checkpoint"]] = numbers
             content["splits"][split] = {"prompts": _prompts(summary), "metrics": metrics}
     return json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
 

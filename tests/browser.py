@@ -1,6 +1,7 @@
 """A real browser for the tests: headless Chromium, spoken to over its own DevTools pipe, so that no driver is needed.
 
-python tests/browser.py URL FILE PROMPT sends a prompt on the page of `demo_in_chat.py --web` and saves a picture of it when all columns have replied.
+python tests/browser.py URL FILE PROMPT sends a prompt on the page of `demo_in_chat.py --web` and saves a picture when
+all models have written.
 """
 
 import base64
@@ -16,9 +17,15 @@ import time
 from pathlib import Path
 
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]  # fmt: skip
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--hide-scrollbars"),
+    *("--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"),
+]
+
+
+# Each model's column ends in a line such as [270 characters, 90 tokens · length_reward −70.00 · 1.2 s].
+ALL_WRITTEN = """(document.body.innerText.match(/ \\d+\\.\\d s[^\\]]*\\]/g) || []).length
+    == document.querySelectorAll('[role=log]').length"""
 
 
 def chromium() -> str | None:
@@ -27,20 +34,34 @@ def chromium() -> str | None:
 
 
 class Browser:
-    """One page; every address that it asked for is kept in `asked`, every error that it wrote to its console in `complaints`."""
+    """One page. `asked` holds every address that it asked for, `complaints` every error on its console."""
 
     def __init__(self, width: int = 1280, height: int = 900):
         self.profile = tempfile.mkdtemp(prefix="browser-")
         down, up = os.pipe(), os.pipe()
-        theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (down[0], up[1])]  # clear of 3 and 4, where Chromium looks for them
+        theirs = [
+            fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (down[0], up[1])
+        ]  # clear of 3 and 4, where Chromium looks for them
 
         def place():
             os.dup2(theirs[0], 3)
             os.dup2(theirs[1], 4)
 
-        command = [chromium(), *FLAGS, f"--user-data-dir={self.profile}", f"--window-size={width},{height}", "about:blank"]
+        command = [
+            chromium(),
+            *FLAGS,
+            f"--user-data-dir={self.profile}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
         self.process = subprocess.Popen(
-            command, pass_fds=(3, 4), preexec_fn=place, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            pass_fds=(3, 4),
+            preexec_fn=place,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for fd in (*theirs, down[0], up[1]):
             os.close(fd)
@@ -68,7 +89,9 @@ class Browser:
     def tell(self, method: str, **params) -> dict:
         """Send a command of the DevTools protocol and return its result."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.number, "method": method, "params": params} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         self.to.write(json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next()
@@ -107,7 +130,9 @@ class Browser:
         """The value of an expression as soon as it is true."""
         deadline = time.monotonic() + timeout
         while not (value := self.run(script)):
-            assert time.monotonic() < deadline, f"not within {timeout} s: {script}\nThe page shows:\n{self.text()[-3000:]}"
+            assert time.monotonic() < deadline, (
+                f"not within {timeout} s: {script}\nThe page shows:\n{self.text()[-3000:]}"
+            )
             time.sleep(0.1)
         return value
 
@@ -116,12 +141,15 @@ class Browser:
         return self.run("document.body.innerText")
 
     def click(self, words: str) -> None:
-        """Click the button, tab or label with these words with the mouse, as soon as it can be."""
-        find = (
-            f"(() => {{for (const one of document.querySelectorAll('button, label')) if (one.innerText.trim() == {json.dumps(words)} && !one.disabled) {{"
-            "one.scrollIntoView({block: 'center'}); const r = one.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2;"
-            "if (one.contains(document.elementFromPoint(x, y))) return [x, y]}})()"  # gradio keeps a hidden copy of every tab
-        )
+        """Click the button, tab or label with these words. Gradio has a hidden copy of each tab."""
+        find = f"""(() => {{
+            for (const one of document.querySelectorAll('button, label')) {{
+                if (one.innerText.trim() != {json.dumps(words)} || one.disabled) continue;
+                one.scrollIntoView({{block: 'center'}});
+                const box = one.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2;
+                if (one.contains(document.elementFromPoint(x, y))) return [x, y];
+            }}
+        }})()"""
         x, y = self.wait(find)
         for kind in ("mousePressed", "mouseReleased"):
             self.tell("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -135,7 +163,14 @@ class Browser:
     def press_enter(self) -> None:
         """The Enter key."""
         for kind in ("keyDown", "keyUp"):
-            self.tell("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r" if kind == "keyDown" else "")
+            self.tell(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key="Enter",
+                code="Enter",
+                windowsVirtualKeyCode=13,
+                text="\r" if kind == "keyDown" else "",
+            )
 
     def picture(self, path: Path) -> None:
         """Save the whole page as PNG."""
@@ -149,12 +184,9 @@ def main(url: str, file: str, prompt: str) -> None:
     """Ask, wait, save."""
     with Browser() as browser:
         browser.open(url)
-        browser.type("#prompt textarea", prompt)
+        browser.type("textarea", prompt)
         browser.press_enter()
-        browser.wait(
-            "[...document.querySelectorAll('.said')].every(one => one.querySelector('.problem') || / s\\b.*$/.test(one.querySelector('.note')?.innerText))", 120
-        )
-        time.sleep(2)
+        browser.wait(ALL_WRITTEN, 120)
         browser.picture(Path(file))
 
 

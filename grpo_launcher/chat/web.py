@@ -56,21 +56,21 @@ class Page:
     def __init__(self, models: list, rewards: RewardSet, settings: GenerationSettings, run: Path | None):
         self.models, self.rewards, self.settings, self.run = models, rewards, settings, run
         self.votes = (run or Path()) / VOTES_FILE
-        self.stops = {}  # session -> event that ends its completion
+        self.stops, self.address = {}, None  # session -> event that ends its completion
 
     def serve(self, port: int) -> None:
         """Show the page on this machine until Ctrl-C. Port 0: a free one."""
         only_here = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         blocks = self.blocks()
         try:
-            _, address, _ = blocks.launch(
+            _, self.address, _ = blocks.launch(
                 server_name=HOST, server_port=port or None, ssr_mode=False, footer_links=[], quiet=True,
                 prevent_thread_lock=True, app_kwargs={"middleware": [only_here]},
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             )  # fmt: skip
         except (OSError, OverflowError) as error:
             raise UserError(f"--port {port}", f"cannot be had: {error}", "name another, or none") from error
-        print(f"Open {address} (Ctrl-C ends it). Blind votes go to {self.votes}", flush=True)
+        print(f"Open {self.address} (Ctrl-C ends it). Blind votes go to {self.votes}", flush=True)
         blocks.block_thread()
         for stop in self.stops.values():
             stop.set()
@@ -111,7 +111,8 @@ class Page:
             inputs = [self.prompt, blind, system, temperature, self.state]
             gr.on([send.click, self.prompt.submit], self.send, inputs, [self.prompt, *drawn], **one_at_a_time, **quiet)
             gr.on([stop.click, reset.click, blind.input], self.stop, queue=False, **quiet)
-            gr.on([reset.click, blind.input], self.reset, blind, [self.booth, *drawn], **one_at_a_time, **quiet)
+            reset.click(self.reset, blind, drawn, **one_at_a_time, **quiet)
+            blind.input(self.switch, [blind, self.state], [self.booth, *drawn], **one_at_a_time, **quiet)
             for vote, button in self.ballots.items():
                 button.click(functools.partial(self.vote, vote), self.state, [self.rates, *drawn], **quiet)
             gr.on([tab.select, gr.Timer(CURVES_S).tick], self.curves, seen, [seen, plot], **quiet)
@@ -192,7 +193,11 @@ class Page:
 
     def reset(self, blind: bool) -> dict:
         """Forget the conversation."""
-        return {self.booth: gr.Row(visible=blind), **self.draw(self.new_conversation(blind))}
+        return self.draw(self.new_conversation(blind))
+
+    def switch(self, blind: bool, conversation: Conversation) -> dict:
+        """Begin anew in the other mode. A prompt that overtook this has done so already, and stays."""
+        return {self.booth: gr.Row(visible=blind)} | ({} if conversation.blind == blind else self.reset(blind))
 
     def vote(self, vote: str, conversation: Conversation) -> dict:
         """Keep a vote, then say who was who. A second click on the same pair is no second vote."""
