@@ -44,6 +44,7 @@ STYLES = [
     {"color": "#999999", "linestyle": (0, (6, 1, 1, 1, 1, 1)), "marker": "v"},
 ]
 HELD_OUT = {"linestyle": (0, (1, 2)), "markerfacecolor": "white"}
+CARD = Path(__file__).with_name("card.md")  # a Jinja template
 BAND = {"color": "0.88", "linewidth": 0}
 
 
@@ -135,65 +136,6 @@ def _shade(axis, frame: pandas.DataFrame, metric: str, spread: str) -> None:
         axis.fill_between(rows.step, rows[metric] - rows[spread], rows[metric] + rows[spread], **BAND)
 
 
-CARD = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-`{{ base }}`, {% if is_grpo %}trained with [GRPO](https://huggingface.co/docs/trl/grpo_trainer) on the prompts of
-{%- else %}fine-tuned (SFT) on the references of{% endif %} `{{ dataset }}`.
-
-## What changed
-
-| mean of | the first three steps | the last five |
-|---|---|---|
-{% for metric, first, last in changes -%}
-| {{ metric }} | {{ "%.4g"|format(first) }} | {{ "%.4g"|format(last) }} |
-{% endfor %}
-{% if curves %}![curves of the run](curves.png)
-
-{% endif %}{% if samples %}## Samples
-
-Completions of the training, each the middle one of its group by reward.
-{% for sample in samples %}
-Prompt in step {{ sample.step }}:
-
-{{ sample.prompt }}
-
-Completion, {{ sample.length }} characters:
-
-{{ sample.completion }}
-{% endfor %}
-{% endif %}## Use
-
-```python
-from transformers import AutoModelFor{{ model_kind }}, AutoTokenizer
-
-model = AutoModelFor{{ model_kind }}.from_pretrained("{{ location }}")
-tokenizer = AutoTokenizer.from_pretrained("{{ location }}")
-{% if messages %}messages = {{ messages }}
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-{% else %}inputs = tokenizer("...", return_tensors="pt")
-{% endif %}output = model.generate(**inputs, max_new_tokens={{ values.max_completion_length }}, num_beams=1)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-```
-
-{% if is_adapter %}This is an adapter on `{{ base }}`. To merge the two into a plain model:
-
-```python
-from peft import AutoPeftModelFor{{ model_kind }}
-
-AutoPeftModelFor{{ model_kind }}.from_pretrained("{{ location }}").merge_and_unload().save_pretrained("merged")
-```
-
-{% endif %}## Recipe
-
-{{ recipe }}
-
-Other fields have the default of TRL's `{% if is_grpo %}GRPO{% else %}SFT{% endif %}Config` and `ModelConfig`.
-Made with {{ versions }}.
-"""
 # Fields that the card shows elsewhere, or that concern this machine alone.
 HIDDEN_FIELDS = re.compile(
     "hub_|vllm_|model_name|dataset_|(output_dir|run_name|prepare|use_cpu|push_to_hub|weight_sync|sample_every|report_to)$"
@@ -237,7 +179,7 @@ def write_card(folder: Path, hub_id: str | None = None) -> None:
     )
     card = ModelCard.from_template(
         card_data,
-        template_str=CARD,
+        template_str=CARD.read_text(encoding="utf-8"),
         name=hub_id or label(run.folder),
         base=_public(base),
         dataset=_public(dataset),
