@@ -1,4 +1,4 @@
-"""As much of the Hub as a push asks for, on 127.0.0.1: it takes every file of a commit and keeps them."""
+"""A small stand-in for the Hub on 127.0.0.1: it takes every file of a push and keeps them."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """A server at `url`; `commits` holds, of each push, file name → content."""
+    """A server at `url`. `commits` holds a dict of file name -> content for each push."""
 
     def __init__(self):
         self.commits = []
@@ -16,13 +16,13 @@ class Hub:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.answer(hub.asked(self.path, body))
+                self.answer(hub.answer(self.path, body))
 
             def do_GET(self):
                 self.answer({"sha": "0" * 40, "siblings": [], "id": "somebody/short", "private": False})
 
-            def answer(self, told: dict):
-                text = json.dumps(told).encode()
+            def answer(self, content: dict):
+                text = json.dumps(content).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
@@ -36,13 +36,15 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def asked(self, path: str, body: bytes) -> dict:
-        """The answer to a POST."""
+    def answer(self, path: str, body: bytes) -> dict:
+        """Return the answer to a POST."""
         if "/preupload/" in path:
-            return {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]}
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
         if "/commit/" in path:
             lines = [json.loads(line) for line in body.splitlines()]
-            self.commits.append({line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"})
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
             return {"commitUrl": f"{self.url}/somebody/short/commit/{'0' * 40}", "commitOid": "0" * 40}
         return {"url": f"{self.url}/somebody/short", "warnings": [], "errors": []}
 
