@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from markdown_it import MarkdownIt
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -17,11 +18,17 @@ from rich.text import Text
 from grpo_launcher.chat.backends import Completion, Prompt, Turn
 from grpo_launcher.errors import UserError
 from grpo_launcher.evaluate import LEVEL, METHOD
+from grpo_launcher.messages import last_reply
 
 MIN_COLUMN = 28  # cells. Narrower columns stand one below the other
 PIPE_WIDTH = 120  # cells of a console that is a file or a pipe
 SUFFIXES = (".md", ".html", ".json", ".svg")
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # would move the cursor or change colours
+HTML_HEAD = """<!DOCTYPE html>
+<meta charset="utf-8">
+<style>body { font: 15px/1.4 system-ui, sans-serif; margin: 2em } table { border-collapse: collapse }
+th, td { border: 1px solid #ccc; padding: .4em .6em; text-align: left; vertical-align: top }</style>
+"""
 HEADINGS = ["checkpoint", "mean", "95 % interval", "difference", "p"]
 
 
@@ -106,7 +113,8 @@ def figures(completion: Completion) -> list[str]:
     }
     ended = [f"{completion.seconds:.1f} s"] if completion.seconds is not None else []
     ended += [word for word, happened in ends.items() if happened]
-    lines = [", ".join([f"{completion.characters} characters", *tokens]), *rewards, ", ".join(ended)]
+    characters = len(last_reply(completion.as_messages()))
+    lines = [", ".join([f"{characters} characters", *tokens]), *rewards, ", ".join(ended)]
     return [line for line in lines if line]
 
 
@@ -140,14 +148,13 @@ def write(report: Report, path: Path) -> None:
         text = markdown(report)
     elif path.suffix == ".json":
         text = as_json(report)
-    else:
+    elif path.suffix == ".html":
+        text = HTML_HEAD + MarkdownIt().enable("table").render(markdown(report))
+    else:  # rich's own form fetches a font from the network
         columns = max((len(turn.completions) for turn in report.turns), default=1)
         console = Console(record=True, width=max(80, 34 * columns), file=io.StringIO(), highlight=False)
         show(report, console)
-        if path.suffix == ".html":
-            text = console.export_html(inline_styles=True)
-        else:  # rich's own form fetches a font from the network
-            text = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=report.title), flags=re.DOTALL)
+        text = re.sub(r"@font-face \{.*?\}\s*", "", console.export_svg(title=report.title), flags=re.DOTALL)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8", errors="replace")
 

@@ -20,15 +20,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
-import httpx
 import psutil
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, StoppingCriteria, TextStreamer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, TextStreamer
 
 from grpo_launcher import hub, plugins, runs, seq2seq
 from grpo_launcher.chat.models import Checkpoint, GenerationSettings, choose_checkpoints, run_settings
 from grpo_launcher.errors import UserError, first_line
-from grpo_launcher.messages import last_reply, transcript
+from grpo_launcher.messages import transcript
 
 Prompt = str | list[dict]
 STOP_PATIENCE_S = 3  # how long a stopped completion may go on before it is left alone
@@ -62,11 +61,6 @@ class Completion:
     def as_messages(self) -> list[dict]:
         """Return it as chat messages."""
         return self.messages or [{"role": "assistant", "content": self.text}]
-
-    @property
-    def characters(self) -> int:
-        """Length of the last assistant message."""
-        return len(last_reply(self.as_messages()))
 
 
 def describe_error(error: Exception, place: str) -> str:
@@ -198,7 +192,8 @@ class ModelPool:
 
     def _make_room(self) -> None:
         """Forget all loaded models where the missing ones do not fit beside them."""
-        size = sum(_weight_bytes(name) for name in self.names if name not in self.models)
+        missing = [Path(name) for name in self.names if name not in self.models]
+        size = sum(file.stat().st_size for folder in missing for file in folder.glob("*.safetensors"))
         if self.device == "cuda":
             free = torch.cuda.mem_get_info()[0]
         else:
@@ -361,7 +356,9 @@ class LocalModel:
                 on_text("")
                 sampling["streamer"] = _CallbackStreamer(self.tokenizer, on_text)
             if stop:
-                sampling["stopping_criteria"] = [_StopWhenSet(stop)]
+                sampling["stopping_criteria"] = [
+                    lambda ids, *_, **__: torch.full((len(ids),), stop.is_set()).to(ids.device)
+                ]
             if settings.seed is not None:
                 torch.manual_seed(settings.seed)
             rows = model.generate(
@@ -443,7 +440,7 @@ class ServerModel:
                             on_text(piece)
         except openai.BadRequestError as error:
             return Completion(error=f"{self.name}: the server refused the prompt: {self._describe(error)}")
-        except (openai.OpenAIError, httpx.HTTPError) as error:
+        except openai.OpenAIError as error:
             raise UserError(self.name, f"the server does not answer, or went away: {self._describe(error)}") from error
         if finish_reason is None:
             raise UserError(self.name, "the server went away in mid-completion")
@@ -471,13 +468,7 @@ class ServerModel:
 
 @dataclass
 class Lineup:
-    """The models that a command works with.
-
-    Attributes:
-        run: the first run among them. Its settings and rewards hold for all.
-        problems: why a checkpoint or server that was named is not among them.
-        notes: what the user should know when they are compared.
-    """
+    """The models that a command works with, the run whose settings hold, and why others are not among them."""
 
     models: list
     run: Path | None
@@ -539,14 +530,6 @@ class _CallbackStreamer(TextStreamer):
         self.on_text(text)
 
 
-class _StopWhenSet(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
 def _with_seed(settings: GenerationSettings, index: int) -> GenerationSettings:
     """Give each batch a seed of its own, so that equal prompts get different completions."""
     return settings if settings.seed is None else replace(settings, seed=settings.seed + index)
@@ -572,7 +555,3 @@ def _from_pretrained(kind, name: str, checkpoint: Checkpoint, **options):
             raise UserError(name, problem, hub.hint()) from error
         problem = f"this adapter stands on {name}, which cannot be read: {first_line(error)}. {hub.hint()}"
         raise UserError(checkpoint.path, problem, "give its base: --base FOLDER_OR_HUB_ID") from error
-
-
-def _weight_bytes(name: str) -> int:
-    return sum(path.stat().st_size for path in Path(name).glob("*.safetensors")) if Path(name).is_dir() else 0

@@ -12,6 +12,8 @@ from grpo_launcher.errors import UserError
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING += ("chat_template_kwargs", "tools", "max_tool_calling_iterations")
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,7 @@ def find_checkpoint(name: str, base: str | None = None) -> Checkpoint:
     """
     folder = Path(name)
     if not folder.exists():
-        is_path = name.startswith((".", "/", "~", str(runs.ROOT))) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
-        if is_path:
+        if name.startswith((".", "/", "~", str(runs.ROOT))) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise UserError(name, "there is no such folder")
         return Checkpoint(name, name)
     if problem := _problem(folder):
@@ -119,7 +120,7 @@ def find_checkpoint(name: str, base: str | None = None) -> Checkpoint:
         label = folder.resolve().name.removesuffix("-checkpoint")
         if (run / runs.BEST).resolve() == folder.resolve():
             label += " (best)"
-    if _is_whole_model(folder):
+    if not (folder / ADAPTER_CONFIG).exists():
         return Checkpoint(label, str(folder), run=run)
     named_base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     return Checkpoint(label, str(folder), base or locate(named_base, run), run)
@@ -130,17 +131,13 @@ def run_settings(run: Path | None) -> GenerationSettings:
     if run is None:
         return GenerationSettings()
     run_file = runs.load_run(run)
-    names = (
-        "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-        "chat_template_kwargs", "tools", "max_tool_calling_iterations",
-    )  # fmt: skip
-    given = {name: run_file.values[name] for name in names if run_file.values.get(name) is not None}
+    values = {name: value for name, value in run_file.values.items() if name in SAMPLING and value is not None}
     tool_kwargs = {
         tool: {name: locate(value, run) if isinstance(value, str) else value for name, value in kwargs.items()}
         for tool, kwargs in (run_file.values.get("tool_kwargs") or {}).items()
     }
     tokens = run_file.values["max_completion_length"]
-    return GenerationSettings(run_file.system_prompt, max_new_tokens=tokens, tool_kwargs=tool_kwargs, **given)
+    return GenerationSettings(run_file.system_prompt, max_new_tokens=tokens, tool_kwargs=tool_kwargs, **values)
 
 
 def locate(name: str, run: Path | None) -> str:
@@ -150,10 +147,6 @@ def locate(name: str, run: Path | None) -> str:
             if os.path.exists(folder / name):
                 return str(folder / name)
     return name
-
-
-def _is_whole_model(folder: Path) -> bool:
-    return not (folder / ADAPTER_CONFIG).exists() and any((folder / name).exists() for name in WEIGHTS)
 
 
 def _problem(folder: Path) -> tuple[str, str] | None:
@@ -166,7 +159,7 @@ def _problem(folder: Path) -> tuple[str, str] | None:
     is_adapter = (folder / ADAPTER_CONFIG).exists()
     if is_adapter and not (folder / ADAPTER_WEIGHTS).exists():
         return f"{ADAPTER_CONFIG} is there and {ADAPTER_WEIGHTS} is not", "take another checkpoint"
-    if not is_adapter and not _is_whole_model(folder):
+    if not is_adapter and not any((folder / name).exists() for name in WEIGHTS):
         return f"this folder holds no checkpoint (neither {WEIGHTS[0]} nor {ADAPTER_CONFIG})", ""
     return None
 
