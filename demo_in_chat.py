@@ -42,7 +42,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, help="of sampling and of --sample (default: 0 for a report, none for a chat)")
     add("--temperature", type=float, help="0 is greedy (default: the run's)")
     add("--max_new_tokens", type=int, help="longest completion (default: the run's)")
-    add("--system", metavar="TEXT", help="system prompt; an empty one for none (default: the run's)")
+    add(
+        "--system",
+        dest="system_prompt",
+        metavar="TEXT",
+        help="system prompt; an empty one for none (default: the run's)",
+    )
     args = parser.parse_intermixed_args(argv)
     check_least(parser, args, temperature=0, max_new_tokens=1, sample=1)
     args.report = args.prompt is not None or args.prompts is not None or args.sample is not None
@@ -60,14 +65,11 @@ def chat(args: argparse.Namespace) -> int:
     if not args.checkpoints and not args.server:
         newest = runs.newest_run()
         if newest is None:
-            raise UserError(
-                str(runs.ROOT), "holds no run yet", "train one (bash launch_train.sh), or name checkpoints"
-            )
+            raise UserError(str(runs.ROOT), "holds no run yet", "bash launch_train.sh, or name checkpoints")
         args.checkpoints = [str(newest)]
     with console.status("Looking at the checkpoints"):
         lineup = backends.line_up(args.checkpoints, args.base, args.server, PER_RUN)
-    given = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    given["system_prompt"] = args.system
+    given = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed", "system_prompt")}
     settings = replace(lineup.settings, **{name: value for name, value in given.items() if value is not None})
     title = f"Completions of {runs.label(lineup.run)}" if lineup.run else "Completions"
     facts = [*lineup.facts, f"system prompt: {settings.system_prompt or 'none'}", str(settings)]
@@ -104,11 +106,11 @@ def write_report(args: argparse.Namespace, lineup, settings, report, console) ->
     else:
         rows = evaluate.file_rows(args.prompts) if args.prompts else [{"prompt": args.prompt}]
         is_seq2seq = any(model.is_seq2seq for model in lineup.models)
-        for row in rows:
-            if isinstance(row["prompt"], str):
-                row["prompt"] = chat_prompt(is_seq2seq, settings.system_prompt, [], row["prompt"])
-    if args.system is not None:
-        rows = [row | {"prompt": with_system_prompt(row["prompt"], args.system)} for row in rows]
+        for row in [row for row in rows if isinstance(row["prompt"], str)]:
+            row["prompt"] = chat_prompt(is_seq2seq, settings.system_prompt, [], row["prompt"])
+    for row in [row for row in rows if isinstance(row["prompt"], list) and args.system_prompt is not None]:
+        *earlier, last = [message for message in row["prompt"] if message["role"] != "system"]
+        row["prompt"] = chat_prompt(False, args.system_prompt, earlier, last["content"])
     rewards = evaluate.RewardSet.of_run(lineup.run, list(rows[0]))
     frame = evaluate.evaluate(lineup.models, {"prompts": rows}, rewards, settings)
     report.facts[-1] = str(settings)
@@ -124,14 +126,6 @@ def write_report(args: argparse.Namespace, lineup, settings, report, console) ->
         render.write(report, path)
     print("Wrote", ", ".join(map(str, paths)))
     return int(bool(lineup.problems) or bool(frame["error"].notna().any()))
-
-
-def with_system_prompt(prompt: str | list[dict], system_prompt: str) -> str | list[dict]:
-    """Replace the system prompt of chat messages, or take it away where the new one is empty."""
-    if isinstance(prompt, str):
-        return prompt
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, *(message for message in prompt if message["role"] != "system")]
 
 
 def outputs(given: Path | None, run: Path | None) -> list[Path]:

@@ -1,6 +1,7 @@
 """The chat in a terminal: several models side by side, each of which goes on from its own completions."""
 
 import contextlib
+import re
 import readline  # noqa: F401  # gives input() its arrow keys and a history
 import signal
 import sys
@@ -68,8 +69,6 @@ class Chat:
 
     def command(self, name: str, value: str) -> str:
         """Run one of the commands of HELP and return what to say."""
-        if name == "/help":
-            return HELP
         if name == "/reset":
             self.reset()
             return "The conversation is forgotten."
@@ -78,25 +77,18 @@ class Chat:
             self.reset()
             return f"System prompt: {value.strip() or 'none'}. The conversation is forgotten."
         if name == "/temperature":
-            return self._set_temperature(value)
+            if not re.fullmatch(r"\s*\d{1,2}(\.\d*)?\s*", value):
+                return f"/temperature: give a number from 0 (greedy) up. It is {self.settings.temperature:g}."
+            self.settings = replace(self.settings, temperature=float(value))
+            return f"Temperature {self.settings.temperature:g}."
+        if name == "/save" and value.strip() and self.report.turns:
+            return self.save(Path(value.strip()).expanduser())
         if name == "/save":
-            return self._save(value.strip())
-        return f"There is no command {name}. /help lists them. A prompt that begins with / needs a space before it."
-
-    def _set_temperature(self, value: str) -> str:
-        try:
-            temperature = float(value)
-        except ValueError:
-            temperature = -1.0
-        if not 0 <= temperature <= 100:
-            return f"/temperature: give a number from 0 (greedy) to 100. It is {self.settings.temperature:g}."
-        self.settings = replace(self.settings, temperature=temperature)
-        return f"Temperature {temperature:g}."
-
-    def _save(self, value: str) -> str:
-        if not value or not self.report.turns:
             return "/save FILE: writes the conversation, once there is one."
-        path = Path(value).expanduser()
+        return HELP if name == "/help" else f"There is no command {name}. /help lists them."
+
+    def save(self, path: Path) -> str:
+        """Write the conversation and return what to say."""
         try:
             render.check_outputs([path], overwrite=False)
             render.write(self.report, path)

@@ -33,16 +33,9 @@ CURVES_S = 5  # between two looks at the run's metrics
 
 @dataclass
 class Conversation:
-    """What one page shows.
+    """What one page shows: models by name, from left to right. A blind pair is called A and B until its vote."""
 
-    Attributes:
-        shown: indices of the models, from left to right.
-        blind: two models that are called A and B. `named` after the vote.
-        settings: those of the last turn.
-        can_vote: both completions of a blind pair are whole, and there was no vote.
-    """
-
-    shown: list[int]
+    shown: list[str]
     blind: bool = False
     named: bool = True
     turns: list[Turn] = field(default_factory=list)
@@ -54,7 +47,8 @@ class Page:
     """The parts of the page and what they do."""
 
     def __init__(self, models: list, rewards: RewardSet, settings: GenerationSettings, run: Path | None):
-        self.models, self.rewards, self.settings, self.run = models, rewards, settings, run
+        self.models = {model.name: model for model in models}
+        self.rewards, self.settings, self.run = rewards, settings, run
         self.votes = (run or Path()) / VOTES_FILE
         self.stops, self.address = {}, None  # session -> event that ends its completion
 
@@ -82,8 +76,8 @@ class Page:
             with gr.Tab("Side by side"):
                 with gr.Row():
                     self.chats = [
-                        gr.Chatbot(label=model.name, render_markdown=False, buttons=[], min_width=220)
-                        for model in self.models
+                        gr.Chatbot(label=name, render_markdown=False, buttons=[], min_width=220)
+                        for name in self.models
                     ]
                 with gr.Row(visible=False) as self.booth:
                     self.ballots = {vote: gr.Button(label, interactive=False) for vote, label in VOTES.items()}
@@ -121,8 +115,8 @@ class Page:
     def new_conversation(self, blind: bool) -> Conversation:
         """Begin with all models, or with two that are drawn by lot."""
         if blind:
-            return Conversation(random.sample(range(len(self.models)), 2), blind=True, named=False)
-        return Conversation(list(range(len(self.models))))
+            return Conversation(random.sample(list(self.models), 2), blind=True, named=False)
+        return Conversation(list(self.models))
 
     def send(
         self,
@@ -145,13 +139,12 @@ class Page:
         turn = Turn(prompt, {})
         conversation.turns.append(turn)
         yield {self.prompt: "", **self.draw(conversation)}
-        for place, index in enumerate(conversation.shown):
-            model = self.models[index]
+        for chat, name in zip(self.chats, conversation.shown, strict=False):
             if stop.is_set():
-                turn.completions[model.name] = Completion(stopped=True)
+                turn.completions[name] = Completion(stopped=True)
                 continue
-            for _ in converse(model, conversation.turns, conversation.settings, self.rewards, stop):
-                yield {self.chats[place]: self.messages(conversation, model.name)}
+            for _ in converse(self.models[name], conversation.turns, conversation.settings, self.rewards, stop):
+                yield {chat: self.messages(conversation, name)}
         whole = not any(completion.error or completion.stopped for completion in turn.completions.values())
         conversation.can_vote = blind and whole
         conversation.named = not conversation.can_vote
@@ -164,13 +157,13 @@ class Page:
         """Return the whole page."""
         updates = {self.state: conversation, self.hint: hint}
         for place, chat in enumerate(self.chats):
-            is_shown = place < len(conversation.shown)
-            index = conversation.shown[place] if is_shown else place
-            label = self.models[index].name
+            if place >= len(conversation.shown):
+                updates[chat] = gr.Chatbot(visible=False)
+                continue
+            name = label = conversation.shown[place]
             if conversation.blind:
-                label = f"{'AB'[place]}: {label}" if conversation.named and is_shown else "AB"[place % 2]
-            value = self.messages(conversation, self.models[index].name) if is_shown else []
-            updates[chat] = gr.Chatbot(value, label=label, visible=is_shown)
+                label = f"{'AB'[place]}: {name}" if conversation.named else "AB"[place]
+            updates[chat] = gr.Chatbot(self.messages(conversation, name), label=label, visible=True)
         return updates | {button: gr.Button(interactive=conversation.can_vote) for button in self.ballots.values()}
 
     def messages(self, conversation: Conversation, name: str) -> list[dict]:
@@ -197,14 +190,15 @@ class Page:
 
     def switch(self, blind: bool, conversation: Conversation) -> dict:
         """Begin anew in the other mode. A prompt that overtook this has done so already, and stays."""
-        return {self.booth: gr.Row(visible=blind)} | ({} if conversation.blind == blind else self.reset(blind))
+        updates = {} if conversation.blind == blind else self.reset(blind)
+        return {self.booth: gr.Row(visible=blind), **updates}
 
     def vote(self, vote: str, conversation: Conversation) -> dict:
         """Keep a vote, then say who was who. A second click on the same pair is no second vote."""
         if not conversation.can_vote:
             return {self.hint: "This pair has had its vote: send a prompt for another."}
         turn = conversation.turns[-1]
-        a, b = (self.models[index].name for index in conversation.shown)
+        a, b = conversation.shown
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "prompt": turn.prompt, "A": a, "B": b}
         line |= {"completion_A": turn.completions[a].text, "completion_B": turn.completions[b].text}
         try:

@@ -108,14 +108,14 @@ def test_no_name_and_no_reward_is_seen_before_the_vote(page, tmp_path):
         orders.add(tuple(conversation.shown))
     assert len(orders) == 6
     update = made.vote("B", conversation)
-    names = [made.models[index].name for index in conversation.shown]
+    names = conversation.shown
     assert f"A: {names[0]}" in shown(made, update) and f"B: {names[1]}" in shown(made, update)
     assert "length_reward" in shown(made, update) and list(update[made.rates]["won"]) in ([0], [1])
     assert "send a prompt for another" in made.vote("A", conversation)[made.hint]
     [line] = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
     assert [line["A"], line["B"], line["vote"], line["prompt"]] == [*names, "B", "Which?"]
     assert line["settings"]["system_prompt"] == "Be kind." and isinstance(line["settings"]["seed"], int)
-    assert line["completion_A"] == made.models[conversation.shown[0]].text and line["time"].endswith("+00:00")
+    assert line["completion_A"] == made.models[names[0]].text and line["time"].endswith("+00:00")
 
 
 def test_a_pair_that_is_not_whole_has_no_vote(page, tmp_path):
@@ -179,7 +179,7 @@ def test_the_page_answers_over_http(page, tmp_path):
     assert (
         "one &lt;b&gt;two&lt;/b&gt;" in text
         and "length_reward" in text
-        and made.models[0].prompts[0][0][0]["content"] == "Hello?"
+        and made.models["alpha"].prompts[0][0][0]["content"] == "Hello?"
     )
     with socket.create_connection(("127.0.0.1", int(made.address.rstrip("/").rpartition(":")[2]))) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n")
