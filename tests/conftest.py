@@ -8,9 +8,10 @@ from helpers import ROOT, test_data  # noqa: F401  # tests may import them from 
 
 from grpo_launcher.launch.hardware import find_gpus
 
-# Both are read once, at the first import of Hugging Face's libraries and of torch.
+# All are read once, at the first import of Hugging Face's libraries and of torch.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network the client retries for minutes
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads make a run beside another process 20 times slower
+os.environ["OMP_NUM_THREADS"] = "1"  # two workers of pytest share two cores
 
 
 GPU_TESTS = Path(__file__).parent / "gpu"

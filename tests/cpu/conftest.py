@@ -8,8 +8,6 @@ import pytest
 from filelock import FileLock
 from helpers import Launch, run_python
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests assert the layout without a GPU
-
 
 def pytest_collection_modifyitems(items):
     """Mark every test of this folder slow."""
