@@ -126,7 +126,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, script: str, timeout: float = 30):
+    def wait(self, script: str, timeout: float = 120):
         """The value of an expression as soon as it is true."""
         deadline = time.monotonic() + timeout
         while not (value := self.run(script)):

@@ -25,15 +25,24 @@ BLIND = "Blind: two models as A and B, named after your vote"
 pytestmark = pytest.mark.usefixtures("place")
 
 
-def spawn(*argv: str) -> pexpect.spawn:
-    """Run demo_in_chat.py in a terminal of 100 columns."""
-    command = [str(ROOT / "demo_in_chat.py"), *argv]
-    env = os.environ | {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
-    options = {"dimensions": (40, 100), "encoding": "utf-8", "codec_errors": "replace", "timeout": 60}
-    return pexpect.spawn(sys.executable, command, env=env, **options)
+@pytest.fixture
+def spawn():
+    """Return a function that runs demo_in_chat.py in a terminal of 100 columns. It is killed at the test's end."""
+    children = []
+
+    def start(*argv: str) -> pexpect.spawn:
+        command = [str(ROOT / "demo_in_chat.py"), *argv]
+        env = os.environ | {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+        options = {"dimensions": (40, 100), "encoding": "utf-8", "codec_errors": "replace", "timeout": 240}
+        children.append(pexpect.spawn(sys.executable, command, env=env, **options))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.close(force=True)
 
 
-def test_a_chat_in_a_terminal():
+def test_a_chat_in_a_terminal(spawn):
     """Completions grow side by side; Ctrl-C ends one and the chat goes on; commands answer; Ctrl-D leaves."""
     child = spawn(
         f"{WHOLE}/checkpoint-1", f"{WHOLE}/final-checkpoint", "--max_new_tokens", "1500", "--temperature", "0"
@@ -62,30 +71,29 @@ def test_a_chat_in_a_terminal():
         child.expect("> ")
     child.sendeof()
     child.expect(pexpect.EOF)
-    child.close()
+    child.wait()
     assert child.exitstatus == 0
     saved = Path("chat.md").read_text()
     assert saved.count("| checkpoint-1 | final |") == 2 and "猫在哪里?" in saved and "length\\_reward" in saved
 
 
-def test_the_page_in_a_browser():
+def test_the_page_in_a_browser(spawn):
     """A prompt, curves, a blind vote and a second visit; Ctrl-C while a model writes."""
     if not chromium():
         pytest.skip("no Chromium is on the PATH (Debian: apt-get install chromium)")
     run = Path(WHOLE)
     (run / "metrics.jsonl").write_text('{"step": 1, "reward": 2.0}\n{"step": 2, "reward": 3.0}\n')
-    child = spawn(f"{WHOLE}/checkpoint-1", f"{WHOLE}/final-checkpoint", "--web", "--max_new_tokens", "600")
+    child = spawn(f"{WHOLE}/checkpoint-1", f"{WHOLE}/final-checkpoint", "--web", "--max_new_tokens", "1000")
     child.expect(r"Open (http://127\.0\.0\.1:\d+/)")
     address = child.match[1]
     with Browser() as browser:
         browser.open(address)
         browser.type("textarea", f"Hello? {MARKUP}")
         browser.press_enter()
-        browser.wait(
-            "document.querySelectorAll('.bot').length == 1 && document.querySelector('.bot').innerText.length > 60"
-        )
+        browser.wait("document.querySelector('.bot')?.innerText.length > 60")
         browser.click("Stop")
-        browser.wait("(document.body.innerText.match(/stopped]/g) || []).length == 2")
+        browser.wait("(document.body.innerText.match(/stopped]/g) || []).length >= 1")
+        browser.wait("document.querySelectorAll('.bot').length == 2")
         assert browser.text().count(MARKUP) == 2 and browser.run("document.title") == "Checkpoints side by side"
         assert browser.run("document.documentElement.scrollWidth") <= 1280
         browser.click("Reset")
@@ -116,11 +124,11 @@ def test_the_page_in_a_browser():
         browser.wait(f"document.body.innerText.includes('{'21% to 100%' if vote['B'] == 'final' else '0% to 79%'}')")
         browser.type("textarea", "Hello?")
         browser.press_enter()
-        browser.wait("document.querySelectorAll('.bot').length == 1")
+        browser.wait("document.querySelectorAll('.bot').length >= 1")
         family = psutil.Process(child.pid).children(recursive=True)
         child.sendintr()
         child.expect(pexpect.EOF)
-        child.close()
+        child.wait()
         assert child.exitstatus == 0 and not any(process.is_running() for process in family)
 
 
