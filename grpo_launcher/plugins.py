@@ -286,6 +286,10 @@ def load_environment(
     if not name:
         return None, tools
     factory = load_object(name, field)
+    parameters = inspect.signature(factory).parameters.values()
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    if any(p.default is p.empty and p.kind not in variadic for p in parameters):
+        raise UserError(field, f"{name} needs arguments, and TRL gives none", "give them defaults")
     environment = factory()
     methods = dict(inspect.getmembers(type(environment), inspect.isfunction))
     if not has_rewards and "get_reward" not in methods:
