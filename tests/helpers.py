@@ -58,7 +58,8 @@ def is_in_sync(lines: list[dict]) -> bool:
 def run_python(*arguments, cwd: Path, timeout: float = 600, status: int = 0, **env) -> subprocess.CompletedProcess:
     """Run this Python with arguments, and assert its exit status."""
     command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {name: str(value) for name, value in env.items()}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path} | {name: str(value) for name, value in env.items()}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done
