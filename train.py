@@ -11,10 +11,8 @@ import warnings
 from pathlib import Path
 
 from grpo_launcher import hub
-from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.errors import EXIT_GUARD, EXIT_REFUSED, UserError
 from grpo_launcher.runs import FINAL, Run, load_run
-
-EXIT_GUARD = 3
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

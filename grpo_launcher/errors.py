@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_REFUSED = 2  # exit status of a command that refused what it was asked
+EXIT_GUARD = 3  # exit status of a run that a guard stopped
 
 
 class UserError(Exception):

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, test_data  # noqa: F401  # tests may import them from here
 
 from grpo_launcher.launch.hardware import find_gpus
 

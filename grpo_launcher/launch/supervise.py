@@ -12,11 +12,11 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+from grpo_launcher.errors import EXIT_GUARD
 from grpo_launcher.launch.processes import start, start_undertaker, stop
 from grpo_launcher.runs import STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
-EXIT_GUARD = 3
 EXIT_SERVER_LOST = 1
 
 
