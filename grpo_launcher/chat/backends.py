@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from grpo_launcher.errors import UserError, first_line
 from grpo_launcher.messages import transcript
 
 Prompt = str | list[dict]
+WORK_THREAD = "completion"
 STOP_PATIENCE_S = 3  # how long a stopped completion may go on before it is left alone
 
 
@@ -103,7 +104,8 @@ def converse(
             history += [{"role": "user", "content": turn.prompt}, *completion.as_messages()]
     prompt = chat_prompt(model.is_seq2seq, settings.system_prompt, history, last.prompt)
     completion = last.completions[model.name] = Completion()
-    work = threading.Thread(target=_complete, args=(model, prompt, settings, rewards, stop, completion), daemon=True)
+    arguments = (model, prompt, settings, rewards, stop, completion)
+    work = threading.Thread(target=_complete, args=arguments, name=WORK_THREAD, daemon=True)
     work.start()
     stopped_at = None
     while work.is_alive():
@@ -116,6 +118,15 @@ def converse(
                 completion = last.completions[model.name] = replace(completion, stopped=True, error=problem)
                 break
     yield completion
+
+
+def end_work(stops: Iterable[threading.Event]) -> None:
+    """Stop all completions and wait for them. Python aborts when it ends while a model computes in a thread."""
+    for stop in stops:
+        stop.set()
+    for work in threading.enumerate():
+        if work.name == WORK_THREAD:
+            work.join(STOP_PATIENCE_S)
 
 
 def _complete(model, prompt: Prompt, settings: GenerationSettings, rewards, stop, completion: Completion) -> None:

@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from grpo_launcher import report, runs
-from grpo_launcher.chat.backends import Completion, Turn, converse
+from grpo_launcher.chat.backends import Completion, Turn, converse, end_work
 from grpo_launcher.chat.models import GenerationSettings
 from grpo_launcher.errors import UserError
 from grpo_launcher.evaluate import RewardSet
@@ -66,8 +66,7 @@ class Page:
             raise UserError(f"--port {port}", f"cannot be had: {error}", "name another, or none") from error
         print(f"Open {self.address} (Ctrl-C ends it). Blind votes go to {self.votes}", flush=True)
         blocks.block_thread()
-        for stop in self.stops.values():
-            stop.set()
+        end_work(self.stops.values())
 
     def blocks(self) -> gr.Blocks:
         """Lay the page out and connect its parts."""
