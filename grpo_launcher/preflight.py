@@ -1,6 +1,6 @@
 """Check a recipe once, before anything expensive starts: fields, model, plugins, data, batch arithmetic, memory.
 
-It runs in a child process, which preflight_child.run_preflight() starts: main() answers one JSON request on standard
+It runs in a child process, which preflight_runner.run_preflight() starts: main() answers one JSON request on standard
 input with one JSON report on standard output.
 """
 
@@ -30,7 +30,7 @@ from grpo_launcher.errors import UserError, closest_match, first_line
 from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
 from grpo_launcher.memory import check_memory
 from grpo_launcher.merge import needs_merge
-from grpo_launcher.preflight_child import PROJECT, DataInfo, ModelInfo, Report
+from grpo_launcher.preflight_runner import PROJECT, DataInfo, ModelInfo, Report
 from grpo_launcher.trl_version import check_trl_version
 
 

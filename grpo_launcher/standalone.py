@@ -11,7 +11,7 @@ from grpo_launcher import runs
 from grpo_launcher.errors import UserError
 from grpo_launcher.launch.hardware import find_hardware
 from grpo_launcher.layout import Options
-from grpo_launcher.preflight_child import run_preflight
+from grpo_launcher.preflight_runner import run_preflight
 from grpo_launcher.runs import Run
 
 

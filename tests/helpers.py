@@ -1,5 +1,6 @@
 """Shared by the tests: where things are, and real runs whose processes carry a mark, by which any is found."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from grpo_launcher import runs
+from grpo_launcher.launch.supervise import supervise
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("TEST_DATA", ROOT / "../shared/data")).resolve()
@@ -142,3 +146,21 @@ class Launch:
         """Kill whatever is left."""
         for process in self.processes():
             process.kill()
+
+
+def run_again(run: Launch, script: str, max_steps: int, limit_s: int) -> tuple[int, Path]:
+    """Run a finished run's trainer again, with a script of tests/cpu in place of train.py, beside a new server.
+
+    Returns:
+        The exit status, 124 where the trainer took longer than `limit_s`, and the new run's folder.
+    """
+    again = runs.load_run(run.run_folder())
+    folder = again.folder.parent / Path(script).stem
+    again.folder, again.values = folder, again.values | {"output_dir": str(folder), "max_steps": max_steps}
+    again.write()
+    (folder / runs.ACCELERATE_FILE).write_text((run.run_folder() / runs.ACCELERATE_FILE).read_text())
+    argv = again.commands["trainer"]["argv"]
+    argv = [str(ROOT / "tests/cpu" / script) if part.endswith("train.py") else part for part in argv]
+    again.commands["trainer"]["argv"] = ["timeout", str(limit_s), *argv[:-1], str(folder)]
+    with contextlib.chdir(run.folder):
+        return supervise(again, f"http://127.0.0.1:{again.values['vllm_server_port']}", 300), folder

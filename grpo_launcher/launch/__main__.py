@@ -17,7 +17,7 @@ from grpo_launcher.launch.hardware import find_hardware
 from grpo_launcher.launch.processes import Stopped, catching_signals, start
 from grpo_launcher.launch.supervise import supervise
 from grpo_launcher.layout import Hardware, Options
-from grpo_launcher.preflight_child import PROJECT, Report, run_preflight
+from grpo_launcher.preflight_runner import PROJECT, Report, run_preflight
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,7 @@ import yaml
 from grpo_launcher.errors import UserError
 from grpo_launcher.launch.hardware import free_ports, is_port_free
 from grpo_launcher.layout import Hardware, Layout
-from grpo_launcher.preflight_child import PROJECT, Report
+from grpo_launcher.preflight_runner import PROJECT, Report
 from grpo_launcher.runs import ACCELERATE_FILE
 
 HOST = "127.0.0.1"

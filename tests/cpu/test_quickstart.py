@@ -7,11 +7,10 @@ from statistics import mean
 import pytest
 import torch
 from datasets import load_dataset
-from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_python
+from helpers import Launch, is_in_sync, means, read_metrics, run_again, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_launcher import runs
-from grpo_launcher.launch.supervise import supervise
 from grpo_launcher.quickstart.corpus import vocabulary, words
 
 
@@ -65,21 +64,11 @@ def test_server_and_trainer_hold_the_same_weights(run):
     assert len(run.metrics()) == 20 and is_in_sync(run.metrics())
 
 
-def test_without_the_sync_they_do_not(run, monkeypatch):
+def test_without_the_sync_they_do_not(run):
     """The same run with the sync switched off: the test above can fail."""
-    finished = runs.load_run(run.run_folder())
-    monkeypatch.chdir(run.folder)
-    folder = run.run_folder().parent / "unsynced"
-    finished.folder, finished.values = folder, finished.values | {"output_dir": str(folder), "max_steps": 4}
-    finished.write()
-    (folder / runs.ACCELERATE_FILE).write_text((run.run_folder() / runs.ACCELERATE_FILE).read_text())
-    argv = finished.commands["trainer"]["argv"]
-    argv = [str(ROOT / "tests/cpu/train_without_sync.py") if part.endswith("train.py") else part for part in argv]
-    finished.commands["trainer"]["argv"] = [*argv[:-1], str(folder)]
-    url = f"http://127.0.0.1:{finished.values['vllm_server_port']}"
-    assert supervise(finished, url, 300) == 0
-    lines = read_metrics(folder)
-    assert max(line["sampling/sampling_logp_difference/max"] for line in lines) > 1e-2
+    status, folder = run_again(run, "train_without_sync.py", max_steps=4, limit_s=300)
+    assert status == 0
+    assert max(line["sampling/sampling_logp_difference/max"] for line in read_metrics(folder)) > 1e-2
 
 
 def test_the_run_folder_is_whole(run):

@@ -5,10 +5,9 @@ from statistics import mean
 
 import pandas
 import pytest
-from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_python
+from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_again, run_python
 
 from grpo_launcher import runs
-from grpo_launcher.launch.supervise import supervise
 from grpo_launcher.messages import tool_calls
 
 
@@ -45,18 +44,9 @@ def test_every_completion_belongs_to_its_prompt(run):
     assert "(turns with tools)" in run.text() and "→ calculator(expression=" in run.text()
 
 
-def test_trls_own_tool_loop_still_mixes_prompts_up(run, monkeypatch):
+def test_trls_own_tool_loop_still_mixes_prompts_up(run):
     """Without our lockstep the run fails or mixes prompts up. Where it does not, the override can go (trl#6673)."""
-    finished = runs.load_run(run.run_folder())
-    monkeypatch.chdir(run.folder)
-    folder = run.run_folder().parent / "stock"
-    finished.folder, finished.values = folder, finished.values | {"output_dir": str(folder), "max_steps": 2}
-    finished.write()
-    (folder / runs.ACCELERATE_FILE).write_text((run.run_folder() / runs.ACCELERATE_FILE).read_text())
-    argv = finished.commands["trainer"]["argv"]
-    argv = [str(ROOT / "tests/cpu/train_stock_tools.py") if part.endswith("train.py") else part for part in argv]
-    finished.commands["trainer"]["argv"] = ["timeout", "120", *argv[:-1], str(folder)]
-    status = supervise(finished, f"http://127.0.0.1:{finished.values['vllm_server_port']}", 300)
+    status, folder = run_again(run, "train_stock_tools.py", max_steps=2, limit_s=120)
     log = (folder / "train.log").read_text()
     is_lost = status == 124 or (status != 0 and "in _tool_call_loop" in log)
     differences = []

@@ -17,7 +17,7 @@ from transformers import BartConfig, Qwen2Config, T5Config
 from grpo_launcher.errors import UserError
 from grpo_launcher.layout import Gpu, Hardware, Options
 from grpo_launcher.preflight import preflight
-from grpo_launcher.preflight_child import Report, run_preflight
+from grpo_launcher.preflight_runner import Report, run_preflight
 
 SYSTEM = "Answer in one sentence."
 STREAM = "--dataset_streaming true --reward_funcs rewards.length.length_reward"
