@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from helpers import Launch, run_python
+from helpers import ROOT, Launch, run_python
 
 
 def pytest_collection_modifyitems(items):
@@ -74,3 +74,18 @@ def module_workplace(quickstart_data, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     (folder / "data").symlink_to(quickstart_data)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server_url(quickstart_data, launch, tmp_path_factory):
+    """The address of one vLLM server with the quickstart's model, for the runs that need none of their own.
+
+    It is started by the command that --dry-run prints. Every run pushes its own weights before it generates.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "data").symlink_to(quickstart_data)
+    flags = [str(ROOT / "configs/quickstart.yaml"), "--vllm_max_model_length", "1024", "--dry-run"]
+    environment, command = launch(folder, *flags).finish().text().partition("vLLM server:\n")[2].splitlines()[:2]
+    server = launch(folder, command=["bash", "-c", f"{environment} exec {command}"])
+    yield f"http://127.0.0.1:{command.split('--port ')[1].split()[0]}"
+    server.end()

@@ -29,7 +29,7 @@ def fails(completion: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def run(module_workplace, launch) -> Launch:
+def run(module_workplace, launch, server_url) -> Launch:
     """Four steps of configs/kuakua.yaml with the quickstart's model."""
     folder: Path = module_workplace
     prepare = [ROOT / "process_dataset.py", "kuakua", "--tokenizer", "data/quickstart-model", "--output", "praise"]
@@ -54,6 +54,7 @@ def run(module_workplace, launch) -> Launch:
             *("--reward_kwargs", json.dumps(options), "--per_device_train_batch_size", "36"),
             *("--gradient_accumulation_steps", "1", "--max_completion_length", "100", "--max_steps", "4"),
             *("--learning_rate", "4e-4", "--lr_scheduler_type", "constant", "--gradient_checkpointing", "false"),
+            *("--vllm_server_base_url", server_url),
         ).finish()
 
 

@@ -19,13 +19,14 @@ def data(module_workplace) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train(data, launch):
-    """Return a function that gives the finished run of a recipe with flags."""
+def train(data, launch, server_url):
+    """Return a function that gives the finished run of a recipe with flags, beside the server that tests share."""
 
     def start(recipe: str, *flags: str):
         common = ["--model_name_or_path", "data/quickstart-model", "--gradient_accumulation_steps", "1"]
         common += ["--gradient_checkpointing", "false", "--warmup_steps", "0", "--learning_rate", "1e-3"]
         common += ["--lr_scheduler_type", "constant", "--sample_every", "0"]
+        common += [] if recipe == "tldr_qlora" else ["--vllm_server_base_url", server_url]
         run = launch(data, str(ROOT / f"configs/{recipe}.yaml"), *common, *flags).finish()
         assert (run.run_folder() / "final-checkpoint/README.md").exists() and run.leftovers() == []
         return run
@@ -43,6 +44,7 @@ def test_ddp_ranks_train_beside_a_server(train):
     flags = ["--dataset_name", "tldr", "--dtype", "float32", "--max_steps", "2", "--max_completion_length", "32"]
     run = train("tldr_ddp", *flags)
     assert "2 DDP ranks on the CPU; vLLM server" in run.text()
+    assert not any("vllm.entrypoints" in line for _, line in run.command_lines)
     assert is_in_sync(run.metrics()) and not list(run.run_folder().glob("checkpoint-*/global_step*"))
 
 
@@ -109,22 +111,13 @@ def test_multiple_choice_is_trained_and_evaluated(train):
     assert (run.run_folder() / "best-checkpoint").resolve().name == "checkpoint-2"
 
 
-def test_dr_grpo_on_a_stream_with_a_server_of_the_users_own(train, data, launch):
-    """Plain posts as they come, without those that do not fit. The server is started by the printed command."""
+def test_dr_grpo_on_a_stream(train):
+    """Plain posts as they come, without those that do not fit."""
     source = test_data("tldr/tldr.jsonl")
     flags = ["--dataset_name", str(source), "--max_steps", "2", "--max_completion_length", "60"]
     flags += ["--vllm_max_model_length", "600", "--loss_type", "dr_grpo", "--scale_rewards", "none"]
-    recipe = str(ROOT / "configs/tldr_stream.yaml")
-    plan = launch(data, recipe, *flags, "--model_name_or_path", "data/quickstart-model", "--dry-run").finish()
-    environment, command = plan.text().partition("vLLM server:\n")[2].splitlines()[:2]
-    port = command.split("--port ")[1].split()[0]
-    server = launch(data, command=["bash", "-c", f"{environment} exec {command}"])
-    try:
-        run = train("tldr_stream", *flags, "--vllm_server_base_url", f"http://127.0.0.1:{port}")
-    finally:
-        server.end()
-    assert "Left out a prompt of" in run.text() and "which must be running" in run.text()
-    assert not any("vllm.entrypoints" in line for _, line in run.command_lines)
+    run = train("tldr_stream", *flags)
+    assert "Left out a prompt of" in run.text()
     table = completions_of(run.run_folder())
     posts = {json.loads(line)["prompt"] for line in source.read_text().splitlines()}
     assert set(table["prompt"]) <= posts and set(table.groupby("prompt").size()) == {8}

@@ -53,12 +53,13 @@ def test_a_folder_full_of_names_of_ours(workplace, launch):
     assert run.leftovers() == []
 
 
-def test_an_error_in_a_reward_is_shown_with_its_file(workplace, launch):
+def test_an_error_in_a_reward_is_shown_with_its_file(workplace, launch, server_url):
     """The traceback of the user's own function, and nothing is left."""
     (workplace / "mine.py").write_text(
         "def broken(completions, **kwargs):\n    raise RuntimeError('the judge is asleep')\n"
     )
     flags = ["--reward_funcs", "mine.py:broken", "--reward_kwargs", "{}", "--max_completion_length", "24"]
+    flags += ["--vllm_server_base_url", server_url]
     run = launch(workplace, str(ROOT / "configs/quickstart.yaml"), *flags).finish(1)
     assert "RuntimeError: the judge is asleep" in run.text() and "mine.py" in run.text()
     assert run.leftovers() == []
