@@ -30,7 +30,6 @@ from trl.trainer.utils import create_model_from_path
 
 from grpo_launcher import seq2seq
 from grpo_launcher.callbacks import print_sample
-from grpo_launcher.report import write_card
 from grpo_launcher.runs import FINAL
 from grpo_launcher.trl_version import check_trl_version
 
@@ -271,6 +270,8 @@ def build_trainer(
 
 def _write_run_card(trainer, *args, **kwargs) -> None:
     """Write the run's own card into its final checkpoint. The checkpoints before it get none."""
+    from grpo_launcher.report import write_card
+
     folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero() and folder.name == FINAL:
         write_card(folder, trainer.hub_model_id)
