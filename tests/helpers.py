@@ -31,14 +31,19 @@ def test_data(relative: str) -> Path:
 test_data.__test__ = False
 
 
+def environment_of(process: psutil.Process) -> list[str]:
+    """Return a process's environment. psutil reads none of those that changed their title, as vLLM's do."""
+    return Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace").split("\0")
+
+
 def marked(mark: str) -> list[psutil.Process]:
     """Return the living processes that were started, by whomever, with this mark in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+            if process.status() != psutil.STATUS_ZOMBIE and f"{MARK}={mark}" in environment_of(process):
                 found.append(process)
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
     return found
 
@@ -77,7 +82,7 @@ class Launch:
         self.output = folder / f"console-{self.mark[:6]}.txt"
         self.shared_memory = folder / f"shm-{self.mark[:6]}"
         self.shared_memory.mkdir()
-        self.command_lines = set()  # (RANK, command line) of every process that was seen
+        self.command_lines = set()  # (RANK or None, command line) of every process that was seen
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, MARK: self.mark, "GRPO_SHARED_MEMORY": str(self.shared_memory)}
         command = command or ["bash", str(ROOT / "launch_train.sh"), *arguments, "--no-install"]
@@ -110,8 +115,9 @@ class Launch:
         while self.process.poll() is None:
             for process in self.processes():
                 try:
-                    self.command_lines.add((process.environ().get("RANK"), " ".join(process.cmdline())))
-                except psutil.Error:
+                    ranks = [line[5:] for line in environment_of(process) if line.startswith("RANK=")]
+                    self.command_lines.add((ranks[0] if ranks else None, " ".join(process.cmdline())))
+                except (psutil.Error, OSError):
                     continue
             assert time.monotonic() < deadline, f"still running after {timeout} s:\n{self.tail()}"
             time.sleep(0.5)
@@ -148,19 +154,26 @@ class Launch:
             process.kill()
 
 
-def run_again(run: Launch, script: str, max_steps: int, limit_s: int) -> tuple[int, Path]:
-    """Run a finished run's trainer again, with a script of tests/cpu in place of train.py, beside a new server.
+def run_again(run: Launch, script: str, limit_s: int, **changes) -> tuple[int, Path]:
+    """Run a finished run's trainer again, with a script of tests/cpu in place of train.py.
+
+    Args:
+        run: it used a server that goes on, or a new one is started as it was.
+        script: name of the script.
+        limit_s: the exit status is 124 where the trainer takes longer.
+        changes: values of the recipe that differ.
 
     Returns:
-        The exit status, 124 where the trainer took longer than `limit_s`, and the new run's folder.
+        The exit status and the new run's folder.
     """
     again = runs.load_run(run.run_folder())
     folder = again.folder.parent / Path(script).stem
-    again.folder, again.values = folder, again.values | {"output_dir": str(folder), "max_steps": max_steps}
+    again.folder, again.values = folder, again.values | {"output_dir": str(folder)} | changes
     again.write()
     (folder / runs.ACCELERATE_FILE).write_text((run.run_folder() / runs.ACCELERATE_FILE).read_text())
     argv = again.commands["trainer"]["argv"]
     argv = [str(ROOT / "tests/cpu" / script) if part.endswith("train.py") else part for part in argv]
     again.commands["trainer"]["argv"] = ["timeout", str(limit_s), *argv[:-1], str(folder)]
+    url = f"http://127.0.0.1:{again.values['vllm_server_port']}" if "server" in again.commands else None
     with contextlib.chdir(run.folder):
-        return supervise(again, f"http://127.0.0.1:{again.values['vllm_server_port']}", 300), folder
+        return supervise(again, url, 300), folder

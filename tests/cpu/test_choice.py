@@ -72,7 +72,7 @@ def task(tmp_path) -> Path:
 
 
 def test_accuracy_rises_and_what_nobody_can_know_is_refused(task):
-    """From the first eight steps to the last eight. What can be known is not refused for it."""
+    """From the first four steps to the last eight. What can be known is not refused for it."""
     command = [
         ROOT / "train.py",
         "--model_name_or_path",
@@ -84,12 +84,12 @@ def test_accuracy_rises_and_what_nobody_can_know_is_refused(task):
     ]
     command += ["--reward_funcs", "rewards.choice.choice_reward", "measures.py:known_right"]
     command += ["measures.py:known_refused", "measures.py:open_refused", "--reward_weights", "1", "0", "0", "0"]
-    command += ["--beta", "0.05", "--learning_rate", "2e-4", "--lr_scheduler_type", "constant", "--sample_every", "0"]
-    command += ["--per_device_train_batch_size", "64", "--max_steps", "60", "--max_completion_length", "32"]
+    command += ["--beta", "0.05", "--learning_rate", "4e-4", "--lr_scheduler_type", "constant", "--sample_every", "0"]
+    command += ["--per_device_train_batch_size", "64", "--max_steps", "36", "--max_completion_length", "32"]
     run_python(*command, "--gradient_checkpointing", "false", cwd=task, OMP_NUM_THREADS=1)
     lines = read_metrics(task / "run")
-    first, last = means(lines, "rewards/known_right/mean", 8, 8)
-    assert last >= first + 0.15, (first, last)
-    first, last = means(lines, "rewards/open_refused/mean", 8, 8)
+    first, last = means(lines, "rewards/known_right/mean", 4, 8)
+    assert last >= first + 0.18, (first, last)
+    first, last = means(lines, "rewards/open_refused/mean", 4, 8)
     assert last >= first + 0.3, (first, last)
-    assert means(lines, "rewards/known_refused/mean", 8, 8)[1] <= 0.15
+    assert means(lines, "rewards/known_refused/mean", 4, 8)[1] <= 0.15

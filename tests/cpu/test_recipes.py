@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from helpers import ROOT, is_in_sync, run_python, test_data
+from helpers import ROOT, is_in_sync, read_metrics, run_python, test_data
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +97,21 @@ def test_the_reference_follows_and_the_best_checkpoint_stays(train):
     assert is_in_sync(lines)
 
 
-def test_multiple_choice_is_trained_and_evaluated(train):
-    """Real questions: every measure has its name, and only the weighted rewards count."""
-    flags = ["--dataset_name", "mcq", "--max_steps", "2", "--max_completion_length", "32"]
-    run = train("mcq_refusal", *flags, "--eval_steps", "2", "--eval_rows", "8", "--save_steps", "2")
-    *lines, evaluation = run.metrics()
+def test_multiple_choice_is_trained_and_evaluated(data):
+    """Real questions, in one process: every measure has its name, and only the weighted rewards count."""
+    command = [ROOT / "train.py", "--config", ROOT / "configs/mcq_refusal.yaml", "--dataset_name", "mcq"]
+    command += ["--model_name_or_path", "data/quickstart-model", "--gradient_accumulation_steps", "1"]
+    command += ["--gradient_checkpointing", "false", "--max_steps", "2", "--max_completion_length", "32"]
+    command += ["--output_dir", "choices", "--eval_steps", "2", "--eval_rows", "8", "--save_steps", "2"]
+    run_python(*command, cwd=data)
+    *lines, evaluation = read_metrics(data / "choices")
     for line, prefix in [*((line, "") for line in lines), (evaluation, "eval_")]:
         names = ("choice_reward", "choice_format_reward", "reasoning_length_reward")
         means = [line[f"{prefix}rewards/{name}/mean"] for name in names]
         assert line[f"{prefix}reward"] == pytest.approx(means[0] + 0.2 * means[1] + 0.2 * means[2], abs=1e-5)
         assert f"{prefix}rewards/choice_accuracy_of_answered/mean" in line
         assert f"{prefix}rewards/choice_accuracy/failed" not in line
-    assert (run.run_folder() / "best-checkpoint").resolve().name == "checkpoint-2"
+    assert (data / "choices/best-checkpoint").resolve().name == "checkpoint-2"
 
 
 def test_dr_grpo_on_a_stream(train):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,71 +40,57 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def first_step(home):
-    """Return a function that gives the first metrics of a run in which every completion is fixed."""
-    made = {}
-
-    def train(kind: str, parallel: str | None) -> dict:
-        if (kind, parallel) in made:
-            return made[kind, parallel]
-        ranks = 2 if parallel else 1
-        name = f"{kind}-{parallel}"
-        script = [str(ROOT / "tests/cpu/train_fixed_completions.py"), "--config", "mine.yaml"]
-        script += ["--model_name_or_path", kind, "--output_dir", name, "--max_steps", "1"]
-        script += ["--per_device_train_batch_size", str(16 // ranks)]
-        if parallel:
-            machine = yaml.safe_load((ROOT / f"{parallel}.yaml").read_text())
-            machine |= {"use_cpu": True, "mixed_precision": "no", "num_processes": ranks, "main_process_port": 0}
-            (home / f"{name}.yaml").write_text(yaml.safe_dump(machine))
-            script = ["-m", "accelerate.commands.launch", "--config_file", f"{name}.yaml", *script]
-        run_python(*script, cwd=home, DS_ACCELERATOR="cpu", OMP_NUM_THREADS=1)
-        made[kind, parallel] = read_metrics(home / name)[0]
-        return made[kind, parallel]
-
-    return train
+def first_step(home: Path, ranks: int) -> dict:
+    """Return the first metrics of a run of T5 under ZeRO-3 in which every completion is fixed."""
+    name = f"fixed-{ranks}"
+    script = [str(ROOT / "tests/cpu/train_fixed_completions.py"), "--config", "mine.yaml"]
+    script += ["--model_name_or_path", "t5", "--output_dir", name, "--max_steps", "1"]
+    script += ["--per_device_train_batch_size", str(16 // ranks)]
+    if ranks > 1:
+        machine = yaml.safe_load((ROOT / "zero3.yaml").read_text())
+        machine |= {"use_cpu": True, "mixed_precision": "no", "num_processes": ranks, "main_process_port": 0}
+        (home / f"{name}.yaml").write_text(yaml.safe_dump(machine))
+        script = ["-m", "accelerate.commands.launch", "--config_file", f"{name}.yaml", *script]
+    run_python(*script, cwd=home, DS_ACCELERATOR="cpu")
+    assert (home / name / "final-checkpoint/README.md").exists()
+    return read_metrics(home / name)[0]
 
 
-@pytest.mark.parametrize(("kind", "parallel"), [("t5", "zero3"), ("bart", "ddp")])
-def test_two_ranks_do_what_one_does(kind, parallel, first_step):
+def test_two_ranks_do_what_one_does(home):
     """Given the same completions: the same rewards, loss and gradient in the first step, and no KL."""
-    one, two = first_step(kind, None), first_step(kind, parallel)
+    one, two = first_step(home, 1), first_step(home, 2)
     assert abs(one["loss"]) > 1e-3 and two["loss"] == pytest.approx(one["loss"], abs=1e-6)
     assert one["reward"] == pytest.approx(two["reward"], abs=1e-6)
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
     assert [one["kl"], two["kl"]] == pytest.approx([0, 0], abs=1e-9)
 
 
-def test_a_killed_run_resumes(home, launch):
-    """ZeRO-3 with LoRA and evaluation, killed in its third step. The same command with --resume goes on to the end."""
-    flags = ["--model_name_or_path", "bart", "--output_dir", "killed", "--save_steps", "2", "--max_steps", "6"]
-    flags += ["--per_device_train_batch_size", "4", "--use_peft", "true", "--lora_target_modules", "all-linear"]
-    flags += ["--eval_strategy", "steps", "--eval_steps", "6", "--eval_rows", "4", "--dataset_test_split", "train"]
-    run = launch(home, str(home / "mine.yaml"), *flags)
-    run.wait_for("step 3/6")
-    os.killpg(run.process.pid, signal.SIGKILL)
-    run.process.wait()
-    assert run.leftovers(60) == []
-    again = launch(home, str(home / "mine.yaml"), *flags, "--resume").finish()
-    lines = read_metrics(home / "killed")
-    assert [line["step"] for line in lines if "reward" in line] == [1, 2, 3, 4, 5, 6]
-    assert re.search(r"from checkpoint-[24]", again.text())
-    assert "eval_reward" in lines[-1] and abs(lines[0]["kl"]) < 1e-9 and lines[1]["kl"] > 1e-6
-    assert "generation by transformers on every device" in again.text()
-    adapter = json.loads((home / "killed/final-checkpoint/adapter_config.json").read_text())
-    assert adapter["task_type"] == "SEQ_2_SEQ_LM"
+def test_one_command_makes_the_table_and_goes_on_after_a_kill(home, launch):
+    """SFT, GRPO with LoRA behind it, GRPO on the base, and their comparison on three splits, with BART on two ranks.
 
-
-def test_one_command_makes_the_table(home, tmp_path):
-    """SFT, GRPO behind it, GRPO on the base, and their comparison on three splits. A second call trains nothing."""
-    output = tmp_path / "table"
+    Killed in the second run. The same command goes on there to the end, and a third call trains nothing.
+    """
+    output = home / "table"
     (output / "data").mkdir(parents=True)
     for kind in ("t5", "bart"):
         (output / f"data/quickstart-{kind}").symlink_to(home / kind)
-    command = ["-m", "grpo_launcher.quickstart.summaries", "--output", output, "--limit", "8", "--max_steps", "1"]
-    command += ["--max_completion_length", "8", "--per_device_train_batch_size", "8"]
-    run_python(*command, cwd=tmp_path)
+    command = ["-m", "grpo_launcher.quickstart.summaries", "--model", "bart", "--output", str(output), "--limit", "4"]
+    command += ["--max_steps", "3", "--save_steps", "1", "--max_completion_length", "8"]
+    command += ["--eval_strategy", "steps", "--eval_steps", "3", "--eval_rows", "4"]
+    command = [sys.executable, *command, "--per_device_train_batch_size", "8"]
+    run = launch(home, command=command)
+    run.wait_for("step 2/3  reward")
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    assert run.leftovers(60) == []
+    again = launch(home, command=command).finish()
+    assert re.search(r"from checkpoint-[12]", again.text()) and "_sft.yaml" not in again.text()
+    assert "generation by transformers on every device" in again.text()
+    lines = read_metrics(output / "grpo-lora")
+    assert [line["step"] for line in lines if "reward" in line] == [1, 2, 3]
+    assert "eval_reward" in lines[-1] and abs(lines[0]["kl"]) < 1e-9 and lines[1]["kl"] > 1e-6
+    adapter = json.loads((output / "grpo-lora/final-checkpoint/adapter_config.json").read_text())
+    assert adapter["task_type"] == "SEQ_2_SEQ_LM"
     result = json.loads((output / "comparison.json").read_text())
     assert list(result["splits"]) == ["train", "validation", "test"] and not result["failed"]
-    again = run_python(*command, cwd=tmp_path)
-    assert "launch_train.sh" not in again.stdout
+    assert "launch_train.sh" not in run_python(*command[1:], cwd=home).stdout

@@ -12,11 +12,12 @@ from grpo_launcher.messages import tool_calls
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, launch) -> Launch:
-    """Ten steps of configs/quickstart_calculator.yaml."""
+def run(tmp_path_factory, launch, serve) -> Launch:
+    """Ten steps of configs/quickstart_calculator.yaml, beside a server that goes on after them."""
     folder = tmp_path_factory.mktemp("tools")
     run_python("-m", "grpo_launcher.quickstart.tools", "--output", folder / "data", cwd=folder)
-    return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), "--max_steps", "10").finish()
+    flags = ["--max_steps", "10", "--vllm_server_base_url", serve(folder, "quickstart_calculator")]
+    return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), *flags).finish()
 
 
 @pytest.mark.parametrize("measure", ["tool_success", "calculation_accuracy"])
@@ -46,7 +47,7 @@ def test_every_completion_belongs_to_its_prompt(run):
 
 def test_trls_own_tool_loop_still_mixes_prompts_up(run):
     """Without our lockstep the run fails or mixes prompts up. Where it does not, the override can go (trl#6673)."""
-    status, folder = run_again(run, "train_stock_tools.py", max_steps=2, limit_s=120)
+    status, folder = run_again(run, "train_stock_tools.py", 120, max_steps=2)
     log = (folder / "train.log").read_text()
     is_lost = status == 124 or (status != 0 and "in _tool_call_loop" in log)
     differences = []
