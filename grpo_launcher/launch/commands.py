@@ -96,6 +96,7 @@ def server_command(values: dict, given: list[str], layout: Layout, hardware: Har
         env |= {
             "CUDA_VISIBLE_DEVICES": "",
             "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine works itself: one process less to start and to hold
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in cores),
         }
