@@ -26,7 +26,7 @@ def home(tmp_path_factory) -> Path:
     """A folder with random T5 and BART models, rows and a recipe."""
     folder = tmp_path_factory.mktemp("seq2seq")
     for kind in ("t5", "bart"):
-        make_encoder_model(folder / kind, kind)
+        make_encoder_model(folder / kind, kind, positions=512)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     recipe = {
         "dataset_name": "rows.jsonl",
