@@ -4,13 +4,8 @@ import signal
 
 from helpers import ROOT, is_in_sync
 
-FLAGS = [
-    str(ROOT / "configs/quickstart.yaml"),
-    "--max_completion_length",
-    "100",
-    "--per_device_train_batch_size",
-    "16",
-]
+FLAGS = [str(ROOT / "configs/quickstart.yaml"), "--max_completion_length", "64"]
+FLAGS += ["--per_device_train_batch_size", "8"]
 FLAGS += ["--sample_every", "0", "--max_steps", "50", "--save_steps", "3"]
 
 
