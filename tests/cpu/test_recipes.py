@@ -42,6 +42,7 @@ def completions_of(run_folder: Path) -> pandas.DataFrame:
 def test_ddp_ranks_train_beside_a_server(train):
     """LoRA under DDP: the weights reach the server as they do under ZeRO-3."""
     flags = ["--dataset_name", "tldr", "--dtype", "float32", "--max_steps", "2", "--max_completion_length", "32"]
+    flags += ["--per_device_train_batch_size", "4"]
     run = train("tldr_ddp", *flags)
     assert "2 DDP ranks on the CPU; vLLM server" in run.text()
     assert not any("vllm.entrypoints" in line for _, line in run.command_lines)
@@ -64,7 +65,8 @@ def length(completions, *, log_metric, **kwargs):
 def test_four_bit_weights_are_trained_on(train, data):
     """QLoRA under DDP on bitsandbytes' CPU kernels. The layers are counted while it runs."""
     (data / "mine.py").write_text(FOUR_BIT_REWARD)
-    flags = ["--dataset_name", "tldr", "--max_steps", "1", "--max_completion_length", "24"]
+    flags = ["--dataset_name", "tldr", "--max_steps", "1", "--max_completion_length", "16"]
+    flags += ["--per_device_train_batch_size", "4"]
     run = train("tldr_qlora", *flags, "--reward_funcs", "mine.py:length", "--reward_kwargs", "{}")
     assert "2 DDP ranks on the CPU; generation by transformers" in run.text()
     for line in run.metrics():
