@@ -1,37 +1,27 @@
 """HTTP clients for OpenAI-compatible servers. What runs on this machine is never asked through a proxy."""
 
-import ipaddress
 import os
+import re
 from urllib.parse import urlsplit
 
 from grpo_launcher.errors import UserError, first_line
 
 
 def is_local(url: str) -> bool:
-    """Whether an address is one of this machine: localhost, 127.0.0.0/8, ::1, or 0.0.0.0 and ::, which lead there."""
+    """Whether an address is one of this machine: localhost, 127.0.0.0/8, ::1, or 0.0.0.0, which leads there."""
     host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
+    return re.fullmatch(r"(.+\.)?localhost|127(\.\d+){1,3}|::1|0\.0\.0\.0", host) is not None
 
 
 def http_client(url: str, **options):
-    """Return the `http_client` of an openai.OpenAI that asks `url`; options are those of httpx.Client.
-
-    Raises:
-        UserError: a proxy of the environment cannot be used.
-    """
+    """Return the `http_client` of an openai.OpenAI for `url`; a proxy that cannot be used is a UserError."""
     import openai
 
     return _make_client(openai.DefaultHttpxClient, url, options)
 
 
 def async_http_client(url: str, **options):
-    """Return the same for openai.AsyncOpenAI."""
+    """Return the same for an openai.AsyncOpenAI."""
     import openai
 
     return _make_client(openai.DefaultAsyncHttpxClient, url, options)
