@@ -4,6 +4,7 @@ Standard library only: it is called before anything of Hugging Face is imported.
 """
 
 import os
+import re
 import socket
 import threading
 from contextlib import suppress
@@ -40,6 +41,8 @@ def use_cache_if_unreachable(timeout: float = 3) -> None:
 
 def hint() -> str:
     """Return what to do where something of the Hub was not found."""
+    if not re.match(r"https?://[^/]", endpoint()):
+        return f"HF_ENDPOINT is {endpoint()!r} and no address: write https://HOST"
     mirror = "HF_ENDPOINT names a mirror"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
         reason = f"{endpoint()} does not answer, or HF_HUB_OFFLINE is set"

@@ -3,11 +3,21 @@
 import functools
 import itertools
 import json
+import math
 import re
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+# Thai, Lao, Burmese, Khmer and Kana have no spaces between words: each letter counts as one, as in Chinese.
+_SPACELESS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f]")
+# Accents and vowel signs, which \w leaves out (behind Hangul stand those that only choose how an emoji looks).
+_MARKS = "".join(char for char in map(chr, range(0x300, 0xAC00)) if unicodedata.category(char) in ("Mn", "Mc"))
+_ALONE = rf"{CHINESE.pattern}|{_SPACELESS.pattern}"
+WORD = re.compile(rf"(?=\w)(?:{_ALONE})[{_MARKS}]*|(?:(?!{_ALONE})\w[{_MARKS}]*)+")
+_SETTING = re.compile(r"\\(?:boxed|fbox|mbox|underline|emph|bm|operatorname|text\w*|math\w+)\s*\{([^{}]*)\}")
 TOOL_ERROR = "{'error': "  # how TRL begins the result of a tool that raised
 
 
@@ -25,8 +35,33 @@ def last_user_text(prompt: str | list[dict]) -> str:
 
 
 def _last_content(messages: list[dict], role: str) -> str:
-    contents = [message.get("content") or "" for message in messages if message.get("role") == role]
-    return contents[-1] if contents else ""
+    contents = [message.get("content") or "" for message in messages if message.get("role") == role] or [""]
+    is_text = isinstance(contents[-1], str)
+    return contents[-1] if is_text else "".join(part.get("text") or "" for part in contents[-1])
+
+
+def gold_value(value, column: str, wanted: str, read: Callable):
+    """Return what `read` makes of a gold value; None for null and NaN. What `read` makes None of is a ValueError."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    gold = read(value)
+    if gold is None:
+        raise ValueError(f"{column} is {value!r:.200} and must be {wanted}")
+    return gold
+
+
+def gold_text(value, reward: str) -> str | None:
+    """Return the text of a row's column `reference`, or None where the row has none."""
+    return gold_value(value, f"{reward}: reference", "a text", lambda text: text if isinstance(text, str) else None)
+
+
+def without_marks(text: str) -> str:
+    r"""Return a text without what only sets it: \boxed{…}, \text{…}, \( and \), zero-width characters."""
+    text = re.sub(r"\\[()\[\]]", "", "".join(char for char in text if unicodedata.category(char) != "Cf"))
+    found = 1
+    while found:  # from the inside out; a space keeps a unit apart from its number
+        text, found = _SETTING.subn(lambda match: f" {match[1]}" if match[1][:1].isalpha() else match[1], text)
+    return text
 
 
 class ToolCall(NamedTuple):
@@ -74,9 +109,16 @@ def transcript(completion: str | list[dict]) -> str:
 
 def words(text: str) -> list[str]:
     """Return the words of a text in lower case, without punctuation; jieba's words where it holds Chinese."""
+    text = text.lower()
     if not CHINESE.search(text):
-        return re.findall(r"\w+", text.lower())
-    return [word for word in _jieba().lcut(text.lower()) if re.search(r"\w", word)]
+        return WORD.findall(unicodedata.normalize("NFC", text))
+    found, start = [], 0
+    for match in WORD.finditer(text):
+        is_foreign = any(char.isalpha() and not char.isascii() for char in match[0]) and not CHINESE.match(match[0])
+        if is_foreign:  # jieba would cut it into letters
+            found += [*_jieba().lcut(text[start : match.start()]), unicodedata.normalize("NFC", match[0])]
+            start = match.end()
+    return [word for word in found + _jieba().lcut(text[start:]) if re.search(r"\w", word)]
 
 
 @functools.cache

@@ -10,10 +10,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from types import ModuleType
 
@@ -189,19 +188,27 @@ def _with_checked_scores(function: Callable, options: dict) -> Callable:
 
 
 def check_scores(scores, completions: list, name: str) -> list[float | None]:
-    """Return the scores as a list, or raise ValueError naming the reward, the completion and the score."""
+    """Return the scores as floats, or raise ValueError naming the reward and what is wrong with its scores."""
+    is_list = isinstance(scores, Iterable) and not isinstance(scores, str | bytes | bytearray | Mapping | Set)
+    if not is_list or len(getattr(scores, "shape", [1])) != 1:  # a table of one column is no list of numbers either
+        shown = " ".join(f"{scores!r:.200}".split())
+        problem = f"{shown} of type {type(scores).__name__} for {len(completions)} completions"
+        raise ValueError(f"reward {name}: {problem}; return a list with one number each.")
     scores = list(scores)
     if len(scores) != len(completions):
         raise ValueError(f"reward {name}: {len(scores)} scores for {len(completions)} completions; return one each.")
     for index, score in enumerate(scores):
-        if score is None:
-            continue
-        if not hasattr(score, "__float__") or not math.isfinite(score):
+        is_number = not isinstance(score, str | bytes | bytearray) and not getattr(score, "shape", ())
+        try:
+            is_finite = is_number and abs(float(score)) < 3.4e38  # TRL keeps 32 bits
+        except (OverflowError, TypeError, ValueError):
+            is_finite = False
+        if score is not None and not is_finite:
             raise ValueError(
-                f"reward {name}: {score!r} for completion {index}: {completions[index]!r:.200}. "
+                f"reward {name}: {score!r:.200} for completion {index}: {completions[index]!r:.200}. "
                 "Return a finite number, or None for what cannot be judged."
             )
-    return scores
+    return [None if score is None else float(score) for score in scores]
 
 
 def load_tools(tools: list[str] | None, tool_kwargs: dict | None, tokenizer) -> list[Callable]:

@@ -6,7 +6,7 @@ import string
 import unicodedata
 from collections import Counter
 
-from grpo_launcher.messages import CHINESE, last_reply, tool_calls
+from grpo_launcher.messages import CHINESE, gold_value, last_reply, tool_calls, without_marks
 
 # How an answer begins that says that there is none; without articles and punctuation.
 UNANSWERABLE = ["unanswerable", "no answer", "not answerable", "cannot be answered", "i dont know", "i do not know"]
@@ -14,12 +14,13 @@ UNANSWERABLE += ["question is unanswerable", "question cannot be answered", "not
 UNANSWERABLE += ["answer is not in passage", "answer is not in passages", "无法回答", "無法回答", "不知道", "我不知道"]
 UNANSWERABLE += ["没有答案", "沒有答案", "文中没有", "文中沒有"]
 _WIDE = re.compile(rf"{CHINESE.pattern}|[\u3001-\u303f\uff00-\uffef]")
+_QUOTED = re.compile(r"\A\s*[“”„‟«»‹›‘’‚]+(.*?)[“”„‟«»‹›‘’‚]+[\s.,!?]*\Z", re.DOTALL)
 _TOKEN = re.compile(rf"{CHINESE.pattern}|(?:(?!{CHINESE.pattern})\S)+")
 
 
 def answer_match_reward(
     completions, answers, *, exact: float = 0.5, f1: float = 0.5, retrieved: float = 0.2, **columns
-) -> list[float]:
+) -> list[float | None]:
     """Reward `exact` for a gold answer to the letter, `f1` times the best token F1, and `retrieved` for the passage.
 
     What stands in the last <answer>…</answer> counts, without one the whole text. A Chinese character is a token.
@@ -30,7 +31,7 @@ def answer_match_reward(
         columns: may hold `passage_id`, the id of the passage that a tool has to find, on a line that begins with [ID].
 
     Returns:
-        B rewards in [0, exact + f1 + retrieved].
+        B rewards in [0, exact + f1 + retrieved]; None for a row whose answers are null, not even [].
 
     Source: Rajpurkar et al. 2018, SQuAD 2.0; Chinese as in Cui et al. 2019, CMRC 2018.
     """
@@ -42,16 +43,16 @@ def answer_match_reward(
     for completion, gold, was_found in zip(completions, answers, found, strict=True):
         is_exact, best_f1 = _match(completion, gold)
         bonus = retrieved if gold and was_found else 0.0
-        scores.append(float(exact * is_exact + f1 * best_f1 + bonus))
+        scores.append(None if is_exact is None else float(exact * is_exact + f1 * best_f1 + bonus))
     return scores
 
 
-def answer_exact(completions, answers, **columns) -> list[float]:
+def answer_exact(completions, answers, **columns) -> list[float | None]:
     """Measure: 1 for one of the gold answers to the letter, else 0, as in `answer_match_reward`."""
     return [_match(completion, gold)[0] for completion, gold in zip(completions, answers, strict=True)]
 
 
-def answer_f1(completions, answers, **columns) -> list[float]:
+def answer_f1(completions, answers, **columns) -> list[float | None]:
     """Measure: the best token F1 with a gold answer, 0 to 1, as in `answer_match_reward`."""
     return [_match(completion, gold)[1] for completion, gold in zip(completions, answers, strict=True)]
 
@@ -74,12 +75,11 @@ def passage_retrieved(completions, **columns) -> list[float | None]:
     return scores
 
 
-def _match(completion, gold: list[str]) -> tuple[float, float]:
-    """Return exact match and F1 of a completion."""
-    if not isinstance(gold, list | tuple) or not all(isinstance(text, str) and text.strip() for text in gold):
-        raise ValueError(
-            f"answer_match: answers is {gold!r} and must be a list of texts for each row, [] for no answer"
-        )
+def _match(completion, gold: list[str] | None) -> tuple[float, float] | tuple[None, None]:
+    """Return exact match and F1 of a completion, or None for a row without answers."""
+    gold = gold_value(gold, "answer_match: answers", "a list of texts for each row, [] for no answer", _read_answers)
+    if gold is None:
+        return None, None
     text = last_reply(completion)
     text = (re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE) or [text])[-1]
     if not gold:
@@ -92,12 +92,17 @@ def _match(completion, gold: list[str]) -> tuple[float, float]:
     return float(tokens in expected), max(_f1(tokens, answer) for answer in expected)
 
 
+def _read_answers(gold) -> list[str] | None:
+    is_list = isinstance(gold, list | tuple) and all(isinstance(text, str) and text.strip() for text in gold)
+    return gold if is_list else None
+
+
 def _tokens(text: str) -> list[str]:
     """Normalise as SQuAD does (lower case, no ASCII punctuation, no articles) and split at spaces.
 
-    In text with Chinese or full-width characters all of Unicode's punctuation goes.
+    In text with Chinese or full-width characters all punctuation of Unicode goes, in others the quotes around it.
     """
-    text = text.lower()
+    text = _QUOTED.sub(r"\1", without_marks(unicodedata.normalize("NFC", text.lower())))
     if _WIDE.search(text):
         text = unicodedata.normalize("NFKC", text)
         text = "".join(char for char in text if not unicodedata.category(char).startswith("P"))

@@ -2,22 +2,50 @@
 
 import math
 import re
+import unicodedata
 from typing import NamedTuple
 
-from grpo_launcher.messages import ToolCall, last_reply, tool_calls
+from grpo_launcher.messages import ToolCall, gold_value, last_reply, tool_calls, without_marks
 
 MAX_FAILED = 3  # failed calls that cost: more of them are no reason to stop trying
-_WIDE = str.maketrans("０１２３４５６７８９．－／％＄￥−–", "0123456789.-/%$¥--")
-_HALVES = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+_SIGNS = {"．": ".", "，": ",", "－": "-", "−": "-", "–": "-", "／": "/", "⁄": "/", "％": "%", "＄": "$", "￥": "¥"}
+_SPACES = "\u00a0\u2000-\u200a\u202f\u205f\u3000"  # but for the plain one, which stands between two numbers as well
+_FRAC = r"\\(?:[dtcs]|nice)?frac"
+_ARGUMENT = r"\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))"
+_REWRITES = [  # what LaTeX and Unicode write in a number, and how it is read here
+    (r"\\(?:!|(?:left|right|displaystyle)(?![A-Za-z]))", ""),
+    (r"\\([$%])", r"\1"),
+    (r"\{,\}", ","),
+    (r"\\[,;: ]|~", "\u2009"),
+    (rf"(?<=\d)(?<!\d{{4}})[{_SPACES}'’](?=\d{{3}}(?!\d))", ""),
+    (rf"[{_SPACES}]", " "),
+    (r"\^\s*\{?\s*\\circ\b\s*\}?|\\degree\b", "°"),
+    (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|([+-]?\d+))", r"e\1\2"),
+    (rf"(?<=\d)\s*(?={_FRAC})", " "),
+    (_FRAC + 2 * _ARGUMENT, r"\1\2/\3\4"),
+    (r"([={$])[ ]*-[ ]+(?=[\d.])", r"\1-"),
+]
 _SIZE = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 _NUMBER = re.compile(
     rf"""
-    (?P<sign> (?<![\w)%])- (?:[A-Z]{{0,3}}\\?[$€£¥₹][ ]?)? )?   # a minus right behind a digit subtracts
-    (?<![\w^])                                                  # no digit of a word or an exponent: CO2, m^2
+    (?P<sign> (?<![\w)%])- (?:[A-Z]{{0,3}}[$€£¥₹][ ]?)? )?   # a minus right behind a digit subtracts
+    (?<![\w^])(?<![_^]\{{)                                  # no digit of a word, index or exponent: CO2, m^2
     (?: (?P<whole>\d+)[ ]+(?=\d+/) )? (?P<size>{_SIZE}) (?: [ ]?/[ ]?(?P<below>{_SIZE}) )?
-    (?P<percent> [ ]?\\?% )?
+    (?P<percent> [ ]?(?:%|percent\b) )?
     """,
     re.ASCII | re.VERBOSE,
+)
+# What makes a number a part of something that is not read here: \sqrt{2}, 2^{10}, 3π.
+_PART_BEHIND = re.compile(r"(?:√|\\[A-Za-z]+(?:\[[^][]*\])?(?:\{[^{}]*\})*\{[^{}]*|\\sqrt)\s*$")
+_PART_BEFORE = re.compile(r"\s*(?:\^\s*\{?\s*[-\d]|[⁰¹²³⁴-⁹√π]|\\(?:sqrt|pi)(?![A-Za-z]))")
+# What may stand around the number of a whole answer: x =, a currency, a unit, marks. "3 million" is another number.
+_MARKS = r"[\s$*`\"'“”‘’]*"
+_BEFORE = re.compile(rf"{_MARKS}(?:\\?[A-Za-z]+\s*[=:])?\s*\+?(?:[A-Z]{{0,3}}[$€£¥₹])?{_MARKS}")
+_UNIT = r"\s+(?:[A-Za-z./]{2,}|[mgshL])(?:\^\{?\d\}?|[²³])?|\s*[\u4e00-\u9fff]"
+_AFTER = re.compile(rf"{_MARKS}(?:°\s*[CF]?)?(?:{_UNIT})*\.?{_MARKS}")
+_SCALE = r"hundred|thousand|million|billion|trillion|dozen|lakh|crore|hal[fv]|third|quarter|(?:four|fif|six|ten)th"
+_SCALE = re.compile(
+    rf"\b(?:{_SCALE}|(?:and|or|to|plus|minus|times|over|pi|squared|base|mod)\b)|[十百千万萬亿億兆半]", re.I
 )
 
 
@@ -28,20 +56,42 @@ class Number(NamedTuple):
     percent: bool
 
 
-def last_number(text: str) -> Number | None:
-    """Return the last number of a text: 72, 1,234.5, -3, -$5.50, 3/4, 1 1/2, 1½, 2e3, 50%, full-width digits."""
-    matches = list(_NUMBER.finditer(text.translate(_WIDE).translate(_HALVES)))
+def last_number(text: str, whole: bool = False) -> Number | None:
+    r"""Return the last number of a text: 72, 1,234.5, -3, -$5.50, 3/4, 1 1/2, 1½, \frac{3}{4}, 2e3, 50%.
+
+    None where it is only a part of something else, such as \sqrt{2}. With `whole` nothing but a unit may stand beside
+    it; for GSM8K what stands behind #### counts.
+    """
+    text = "".join(map(_to_ascii, text.rpartition("####")[2] if whole else text))
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
+    text = without_marks(text)
+    matches = list(_NUMBER.finditer(text))
     if not matches:
         return None
     match = matches[-1]
-    whole, size, below = (float((match[part] or "0").replace(",", "")) for part in ("whole", "size", "below"))
-    value = size / below if below else size
+    before, after = text[: match.start()], text[match.end() :]
+    units, size, below = (float((match[part] or "0").replace(",", "")) for part in ("whole", "size", "below"))
+    if _PART_BEHIND.search(before[-200:]) or _PART_BEFORE.match(after) or (match["below"] and not below):
+        return None
     is_mixed = size < below  # 1 1/2 is 1.5, but "2 10/5" are two numbers
+    is_alone = _BEFORE.fullmatch(before) and _AFTER.fullmatch(after) and (is_mixed or not match["whole"])
+    if whole and (not is_alone or _SCALE.search(after)):
+        return None
+    value = size / below if below else size
     if is_mixed:
-        value += whole
-    if match["sign"] and (is_mixed or not whole):
+        value += units
+    if match["sign"] and (is_mixed or not units):
         value = -value
-    return Number(value, bool(match["percent"]))
+    return Number(value, bool(match["percent"])) if math.isfinite(value) else None
+
+
+def _to_ascii(char: str) -> str:
+    r"""Return a digit of any alphabet and a sign in ASCII, and ½ as \frac{1}{2}."""
+    if char.isdecimal():
+        return str(unicodedata.decimal(char))
+    above, _, below = unicodedata.normalize("NFKC", char).partition("⁄")
+    return rf"\frac{{{above}}}{{{below}}}" if above and below else _SIGNS.get(char, char)
 
 
 def calculation_reward(
@@ -54,18 +104,19 @@ def calculation_reward(
     failed: float = -0.1,
     without_tool: float = -0.2,
     **columns,
-) -> list[float]:
+) -> list[float | None]:
     """Reward ending on the right number, and using a tool well on the way.
 
     Args:
-        answer: B texts with a number, such as "72", "1,234", "3/4", "$5.50". 50% is right for 50 and for 0.5.
+        answer: B numbers, or texts that are one: "72", "1,234", "3/4", "$5.50", "72 km", "x = 3", LaTeX; others
+            are refused. 50% is right for 50 and for 0.5.
         right: for ending on the answer, which may be off by `tolerance` of its size.
         called: added once if a tool call succeeded.
         failed: added for each failed call, at most 3 times.
         without_tool: added where no tool was called although the row needs one (column `needs_tool`, by default all).
 
     Returns:
-        B rewards, in [-0.3, 1.1] by default.
+        B rewards, in [-0.3, 1.1] by default; None for a row without an answer.
     """
     worst = min(MAX_FAILED * failed, without_tool)
     if max(failed, without_tool) > 0 or min(called, tolerance) < 0 or called >= right + worst:
@@ -76,18 +127,17 @@ def calculation_reward(
     needs_tool = columns.get("needs_tool") or [True] * len(completions)
     scores = []
     for completion, gold, needed in zip(completions, answer, needs_tool, strict=True):
-        calls = tool_calls(completion)
-        score = right * _is_right(completion, gold, tolerance)
+        is_right, calls = _is_right(completion, gold, tolerance), tool_calls(completion)
+        score = right * bool(is_right) + without_tool * (bool(needed) and not calls)
         score += called * any(map(_succeeded, calls)) + failed * min(MAX_FAILED, sum(call.failed for call in calls))
-        scores.append(score + without_tool * (bool(needed) and not calls))
+        scores.append(None if is_right is None else score)
     return scores
 
 
-def calculation_accuracy(completions, answer, *, tolerance: float = 1e-6, **columns) -> list[float]:
+def calculation_accuracy(completions, answer, *, tolerance: float = 1e-6, **columns) -> list[float | None]:
     """Measure: 1 for a completion that ends on the right number, as in `calculation_reward`, else 0."""
-    return [
-        float(_is_right(completion, gold, tolerance)) for completion, gold in zip(completions, answer, strict=True)
-    ]
+    results = [_is_right(completion, gold, tolerance) for completion, gold in zip(completions, answer, strict=True)]
+    return [None if is_right is None else float(is_right) for is_right in results]
 
 
 def tool_success(completions, **columns) -> list[float]:
@@ -100,11 +150,13 @@ def _succeeded(call: ToolCall) -> bool:
     return call.result is not None and not call.failed
 
 
-def _is_right(completion, gold: str, tolerance: float) -> bool:
-    expected = last_number(str(gold))
+def _is_right(completion, gold: str | float | None, tolerance: float) -> bool | None:
+    """Whether a completion ends on the answer of its row; None where the row has none."""
+    wanted = "one number, such as 72, 1,234, 3/4, 50% or \\frac{1}{2}, with a unit or none"
+    expected = gold_value(gold, "calculation: answer", wanted, lambda value: last_number(str(value), whole=True))
     actual = last_number(last_reply(completion))
-    if expected is None or not math.isfinite(expected.value):
-        raise ValueError(f"calculation: answer is {gold!r} and must hold a number, such as 72, 1,234, 3/4 or 50%")
+    if expected is None:
+        return None
     if actual is None:
         return False
     # A percent sign on one side only is a unit, or means hundredths.

@@ -3,19 +3,21 @@
 import re
 import unicodedata
 
-from grpo_launcher.messages import last_reply
+from grpo_launcher.messages import gold_value, last_reply, without_marks
 
 REFUSED = "refused"
-REFUSALS = {"拒答", "拒絕回答", "拒绝回答", "不知道", "不確定", "不确定"}
+REFUSALS = {"拒答", "拒絕回答", "拒绝回答", "不知道", "我不知道", "不確定", "不确定"}
+REFUSALS |= {"無法回答", "无法回答", "無法確定", "无法确定"}
 REFUSALS |= {"refuse", "refused", "i refuse", "unknown", "unsure", "i don't know", "i do not know"}
 # What may stand before the letter: "The correct answer is", "答案是"; and brackets around it.
 _INTRODUCTION = (
     r"(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|choice|正確|正确)?\s*"
     r"(?:選項|选项|答案|選擇|选择|選|选)?\s*(?:is|是|為|为)?\s*:?\s*"
 )
-_OPEN, _CLOSE = r"[(\[【「]?", r"[)\]】」]?"
+_OPEN, _CLOSE = r"[(\[{<【]?", r"[)\]}>】]?"
 # What may follow it: punctuation and any text, a space and no word ("A dog"), or Chinese text.
 _REST = r"(?:\s*[.。、,:;!-].*|\s+(?![a-z]).*|(?=[\u3400-\u9fff]).*)?"
+_MARKS = re.compile(r"[*_`$~\"“”„«»「」『』《》]|(?<![a-z])['’‘]|['’‘](?![a-z])")  # "don't" keeps its own
 _LETTER = re.compile(rf"{_INTRODUCTION}{_OPEN}([a-d]){_CLOSE}{_REST}", re.DOTALL)
 _JOINED = r"\s*(?:[,、/&+]|\b(?:and|or)\b|和|或|及|與|与)\s*"
 _SEVERAL = re.compile(rf"{_INTRODUCTION}{_OPEN}[a-d]{_CLOSE}{_JOINED}{_OPEN}[a-d](?![a-z])")
@@ -27,8 +29,8 @@ _WHOLE = re.compile(r"\s*<reasoning>(.*?)</reasoning>\s*<answer>(.*?)</answer>\s
 def chosen(text: str) -> str | None:
     """Return the letter that a text answers with, A to D, or REFUSED; None where no single answer stands in <answer>.
 
-    Full-width letters and tags, lower case, "B. the option's text", "(B)" and "答案是B" all are B. Several letters, or
-    several blocks that differ, are no answer, and neither is a letter inside a text ("Bad", "Vitamin A").
+    Full-width letters and tags, lower case, "B. the option's text", "(B)", "**B**", LaTeX's boxes and "答案是B" are B.
+    Several letters, or several blocks that differ, are no answer, and neither is a letter inside a text ("Bad").
     """
     blocks = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", _normalize(text), re.DOTALL)
     answers = {_read_block(block) for block in blocks}
@@ -36,8 +38,8 @@ def chosen(text: str) -> str | None:
 
 
 def _read_block(block: str) -> str | None:
-    block = " ".join(block.replace("’", "'").split())
-    if block.strip(" .。!'\"") in REFUSALS:
+    block = " ".join(_MARKS.sub("", without_marks(block)).replace("’", "'").split())
+    if block.strip(" .。!()[]【】") in REFUSALS:
         return REFUSED
     match = _LETTER.fullmatch(block)
     return match[1].upper() if match and not _SEVERAL.match(block) else None
@@ -56,7 +58,7 @@ def choice_reward(
     wrong: float = -1.0,
     unparseable: float = -1.5,
     **columns,
-) -> list[float]:
+) -> list[float | None]:
     """Reward the right letter most, then a refusal, then a wrong letter, then a completion without an answer.
 
     With p the chance of being right, answering pays where p * right + (1 - p) * wrong > refused: p > 1/2 by default.
@@ -65,24 +67,28 @@ def choice_reward(
         answer: B letters A to D.
 
     Returns:
-        B rewards, each one of the four options.
+        B rewards, each one of the four options; None for a row without an answer.
     """
     if not unparseable < wrong < refused < right:
         raise ValueError(
             f"choice_reward: unparseable {unparseable} < wrong {wrong} < refused {refused} < right {right} must hold"
         )
     scores = []
-    for completion, gold in zip(completions, answer, strict=True):
-        if gold not in ("A", "B", "C", "D"):
-            raise ValueError(f"choice_reward: answer is {gold!r} and must be A, B, C or D")
+    for completion, gold in zip(completions, map(_gold_letter, answer), strict=True):
         values = {None: unparseable, REFUSED: refused, gold: right}
-        scores.append(float(values.get(chosen(last_reply(completion)), wrong)))
+        score = float(values.get(chosen(last_reply(completion)), wrong))
+        scores.append(None if gold is None else score)
     return scores
 
 
-def choice_accuracy(completions, answer, **columns) -> list[float]:
+def _gold_letter(gold: str | None) -> str | None:
+    return gold_value(gold, "choice: answer", "A, B, C or D", lambda text: text if text in list("ABCD") else None)
+
+
+def choice_accuracy(completions, answer, **columns) -> list[float | None]:
     """Measure: 1 for the right letter, 0 for a wrong one, a refusal or no answer."""
-    return [float(score or 0) for score in choice_accuracy_of_answered(completions, answer)]
+    rows = zip(completions, map(_gold_letter, answer), strict=True)
+    return [None if gold is None else float(chosen(last_reply(completion)) == gold) for completion, gold in rows]
 
 
 def choice_refusal(completions, **columns) -> list[float]:
@@ -93,9 +99,9 @@ def choice_refusal(completions, **columns) -> list[float]:
 def choice_accuracy_of_answered(completions, answer, **columns) -> list[float | None]:
     """Measure: 1 for the right letter, 0 for a wrong one, None where no letter was given."""
     scores = []
-    for completion, gold in zip(completions, answer, strict=True):
+    for completion, gold in zip(completions, map(_gold_letter, answer), strict=True):
         letter = chosen(last_reply(completion))
-        scores.append(None if letter in (None, REFUSED) else float(letter == gold))
+        scores.append(None if gold is None or letter in (None, REFUSED) else float(letter == gold))
     return scores
 
 

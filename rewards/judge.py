@@ -9,6 +9,8 @@ import secrets
 import unicodedata
 from pathlib import Path
 
+from grpo_launcher.errors import UserError
+from grpo_launcher.http import async_http_client, is_local
 from grpo_launcher.messages import last_reply, last_user_text
 
 GUARD = """
@@ -21,12 +23,16 @@ RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "rating", "sch
 CACHE_SIZE = 10_000
 _cache: dict[tuple, float] = {}  # (base_url, model, instructions, prompt, completion) -> rating
 _failing: set[tuple[str, str]] = set()  # judges (base_url, model) whose failure was logged already
-_without_schema: set[tuple[str, str]] = set()  # judges that refuse response_format
+_refused: dict[tuple[str, str], set[str]] = {}  # what of OPTIONAL a judge refuses
+OPTIONAL = {"response_format", "temperature", "max_tokens"}
 
 # The beginning of an answer: a label or none, a number, "of 10" or none, then the end, punctuation or a new line. So
 # "out of 10" is not a 10. No \b: a Chinese character is a word character, there is no boundary in "分数8分".
 _LABEL = r"(?:(?:the|my|final|overall|我的|最终|总体|综合) ?){0,2}(?:score|rating|grade|分数|评分|得分|打分)"
 _SCALE = r"(?: ?\(?(?:/|out of|满分) ?10(?:\.0+)?(?!\.?\d) ?分?\)?)?"
+_SIMPLIFIED = str.maketrans("終總體綜數評為滿", "终总体综数评为满")  # all Traditional characters that stand above
+_THOUGHTS = re.compile(r".*(?:</think(?:ing)?>|</thought>|</reasoning>|\[/THINK]|◁/think▷)", re.DOTALL | re.IGNORECASE)
+_ADDRESS = re.compile(r"https?://(?:[^/@\s]*@)?(?:\[[^]/]+\]|[^/:@\s]+)(?::\d{1,5})?(?:/\S*)?", re.IGNORECASE)
 _RATING = re.compile(
     rf"(?:json\s)?[(\[]?(?:{_LABEL} ?(?:is|为|是)? ?[:=]? ?)?(\d+(?:\.\d+)?) ?(?:分|points?)?{_SCALE}"
     r"($|\s?[.,;:!?。、)\]].*|\n.*)",
@@ -102,8 +108,13 @@ def judge_ready(**options) -> None:
 
     options = judge_reward.__kwdefaults__ | options
     url, model = options["base_url"], options["model"]
-    if options["concurrency"] < 1:
-        raise ValueError(f"judge_reward: concurrency is {options['concurrency']} and must be at least 1")
+    if not isinstance(url, str) or not _ADDRESS.fullmatch(url):
+        raise ValueError(f"judge_reward: base_url is {url!r} and no address. Fix: write http://HOST:PORT/v1.")
+    for name, least in {"concurrency": 1, "retries": 0, "max_tokens": 1, "timeout": 0.001}.items():
+        kind = int | float if name == "timeout" else int
+        if not isinstance(options[name], kind) or isinstance(options[name], bool) or not options[name] >= least:
+            wanted = f"{'a number' if name == 'timeout' else 'an integer'} from {least} up, without quotes"
+            raise ValueError(f"judge_reward: {name} is {options[name]!r}. Fix: write {wanted}.")
     instructions = _read_template(options["template"])
 
     async def ask():
@@ -112,12 +123,16 @@ def judge_ready(**options) -> None:
 
     try:
         asyncio.run(ask())
+    except UserError as error:  # of a proxy
+        raise ValueError(f"judge_reward: {error}") from None
     except (openai.OpenAIError, ValueError) as error:
         key_fix = "set JUDGE_API_KEY"
         fixes = {401: key_fix, 403: key_fix, 404: f"take a model that {url}/models lists, and end base_url in /v1"}
-        fix = fixes.get(getattr(error, "status_code", None), "take another model, template or max_tokens")
+        fix = fixes.get(getattr(error, "status_code", None), "raise max_tokens, or take another model or template")
         if isinstance(error, openai.APIConnectionError):
             fix = f"start it (`ollama serve` and `ollama pull {model}`, or `vllm serve {model}`), or raise `timeout`"
+            if not is_local(url):
+                fix = "start it there, check base_url and the proxy (https_proxy, all_proxy), or raise `timeout`"
         problem = f"judge_reward: no rating from {url} (model {model}): {_without_key(error)}"
         raise ValueError(f"{problem}. Fix: {fix}.") from None  # the cause may hold the key
 
@@ -127,8 +142,6 @@ judge_reward.ready = judge_ready
 
 async def _ask(client, model: str, instructions: str, prompt: str, completion: str, max_tokens: int) -> float:
     """Return one rating; raise OpenAIError or ValueError where there is none."""
-    import openai
-
     nonce = secrets.token_hex(8)  # so that no completion can end the material
     material = [
         f"{name}: {json.dumps(text, ensure_ascii=False)}" for name, text in [("Prompt", prompt), ("Reply", completion)]
@@ -136,26 +149,47 @@ async def _ask(client, model: str, instructions: str, prompt: str, completion: s
     system = {"role": "system", "content": instructions + GUARD.format(nonce=nonce)}
     user = {"role": "user", "content": "\n".join([f"BEGIN {nonce}", *material, f"END {nonce}"])}
     request = {"model": model, "messages": [system, user], "temperature": 0, "max_tokens": max_tokens}
-    judge = (str(client.base_url), model)
+    response = await _send(client, request | {"response_format": RESPONSE_FORMAT})
     try:
-        extra = {} if judge in _without_schema else {"response_format": RESPONSE_FORMAT}
-        response = await client.chat.completions.create(**request, **extra)
-    except (openai.BadRequestError, openai.UnprocessableEntityError):
-        response = await client.chat.completions.create(**request)
-        _without_schema.add(judge)
-    try:
-        answer = response.choices[0].message.content
+        choice = response.choices[0]
+        answer = last_reply([{"role": "assistant", "content": choice.message.content}])
     except (AttributeError, IndexError, TypeError):
         raise ValueError(f"the response is no chat completion: {response!r:.100}") from None
     score = read_score(answer)
     if score is None:
-        raise ValueError(f"no rating from 0 to 10 in the answer {answer!r:.80}")
+        problem = f"no rating from 0 to 10 in the answer {answer!r:.80}" if answer.strip() else "the answer is empty"
+        if choice.finish_reason == "length":
+            problem = f"the answer, or the reasoning before it, was cut off at max_tokens {max_tokens}"
+        raise ValueError(problem)
     return score
+
+
+async def _send(client, request: dict):
+    """Send a request without what its judge refuses: which of OPTIONAL that is shows in its first refusals."""
+    import openai
+
+    judge = (str(client.base_url), request["model"])
+    refused = _refused.get(judge, set())
+    while True:
+        sent = {name: value for name, value in request.items() if name not in refused}
+        if "max_tokens" in refused:
+            sent["max_completion_tokens"] = request["max_tokens"]
+        try:
+            response = await client.chat.completions.create(**sent)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            named = {name for name in OPTIONAL - refused if re.search(rf"\b{name}\b", str(error))}
+            more = named or {"response_format"} - refused  # some do not name the schema
+            if not more:
+                raise
+            refused = refused | more
+        else:
+            _refused[judge] = refused
+            return response
 
 
 def read_score(answer: str | None) -> float | None:
     """Return the one rating at the beginning of an answer, behind <think>…</think>; None for none or several."""
-    text = unicodedata.normalize("NFKC", (answer or "").rpartition("</think>")[2])
+    text = unicodedata.normalize("NFKC", _THOUGHTS.sub("", answer or "")).translate(_SIMPLIFIED)
     text = re.sub(r"[\s*_`#>\"'“”{}]+", lambda run: "\n" if "\n" in run[0] else " ", text).strip()  # Markdown and JSON
     match = _RATING.match(text)
     if not match or float(match[1]) > 10:
@@ -170,7 +204,10 @@ def _client(base_url: str, timeout: float, retries: int):
     # An address without a server fails soon; an answer may take `timeout`, as Ollama loads the model at the first one.
     seconds = openai.Timeout(timeout, connect=min(timeout, 5.0))
     key = _key() or "none"  # a local server needs none
-    return openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=seconds, max_retries=retries)
+    http_client = async_http_client(base_url)
+    return openai.AsyncOpenAI(
+        base_url=base_url, api_key=key, timeout=seconds, max_retries=retries, http_client=http_client
+    )
 
 
 def _key() -> str:
@@ -178,8 +215,9 @@ def _key() -> str:
 
 
 def _without_key(error: Exception) -> str:
-    """Return the first line of an error; some servers repeat the key in it."""
-    return str(error).replace(_key() or "\0", "…").partition("\n")[0][:200].rstrip(".")
+    """Return the first line of an error and of its cause; some servers repeat the key in it."""
+    cause = f": {error.__cause__}" if str(error.__cause__ or "") else ""
+    return f"{str(error).rstrip('.')}{cause}".replace(_key() or "\0", "…").partition("\n")[0][:200].rstrip(".")
 
 
 def _read_template(name: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import math
 
-from grpo_launcher.messages import last_reply
+from grpo_launcher.messages import gold_text, last_reply
 
 
 def length_reward(completions, *, target: int = 200, **columns) -> list[float]:
@@ -44,14 +44,16 @@ def gaussian_length_reward(completions, *, target: int = 200, spread: float = 50
     return [10 * math.exp(-((len(last_reply(completion)) - target) ** 2) / spread) for completion in completions]
 
 
-def length_similarity_reward(completions, reference, **columns) -> list[float]:
+def length_similarity_reward(completions, reference, **columns) -> list[float | None]:
     """Reward a completion for being as long as its reference text, in characters.
 
     Returns:
-        B rewards in [0, 1]: the shorter length over the longer, 1 for two empty texts.
+        B rewards in [0, 1]: the shorter length over the longer, 1 for two empty texts; None without a reference.
     """
     scores = []
-    for completion, text in zip(completions, reference, strict=True):
-        shorter, longer = sorted([len(last_reply(completion)), len(text)])
-        scores.append(shorter / longer if longer else 1.0)
+    for completion, gold in zip(completions, reference, strict=True):
+        text = gold_text(gold, "length_similarity_reward")
+        shorter, longer = sorted([len(last_reply(completion)), len(text or "")])
+        score = shorter / longer if longer else 1.0
+        scores.append(None if text is None else score)
     return scores

@@ -3,26 +3,29 @@
 import functools
 import math
 import re
+import unicodedata
 from types import SimpleNamespace
 
-from grpo_launcher.messages import CHINESE, last_reply
+from grpo_launcher.messages import CHINESE, WORD, gold_text, last_reply
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-TOKEN = re.compile(rf"[a-z0-9]+|{CHINESE.pattern}")
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+# Between words as far as rouge_score is concerned: _, ², ½, ①.
+NO_LETTERS = {code: " " for code in range(0x3400) if unicodedata.category(chr(code)) in ("No", "Nl", "Pc")}
+SENTENCE_END = re.compile(r"(?<=[.!?؟۔।])\s+|(?<=[。！？])")
 
 
-def rouge_reward(completions, reference, *, weights: dict[str, float] | None = None, **columns) -> list[float]:
+def rouge_reward(completions, reference, *, weights: dict[str, float] | None = None, **columns) -> list[float | None]:
     """Reward the weighted mean of ROUGE F1 scores between a completion and its reference text.
 
-    Scores equal those of rouge_score with stemming, except that each Chinese character is a word (rouge_score drops
-    them all) and that rougeLsum, whose sentences are lines, also begins a new one after . ! ? 。！？.
+    Scores equal those of rouge_score with stemming, except that words of all alphabets count (it knows a to z alone),
+    that each Chinese, Japanese or Thai character is a word, and that rougeLsum, whose sentences are lines, also begins
+    a new one after . ! ? 。！？.
 
     Args:
         weights: weight of rouge1, rouge2, rougeL and rougeLsum, of any sum; by default the first three alike.
 
     Returns:
-        B rewards in [0, 1].
+        B rewards in [0, 1]; None for a row without a reference.
 
     Source: Lin 2004, ROUGE.
     """
@@ -31,9 +34,11 @@ def rouge_reward(completions, reference, *, weights: dict[str, float] | None = N
     if set(weights) - set(KINDS) or min(weights.values(), default=0) < 0 or not 0 < total < math.inf:
         raise ValueError(f"rouge_reward: weights is {weights} and must hold numbers from 0 up, not all 0, for {KINDS}")
     scores = []
-    for completion, text in zip(completions, reference, strict=True):
-        f1 = _f1_scores(text, last_reply(completion), tuple(weights))
-        scores.append(sum(weight * f1[kind] for kind, weight in weights.items()) / total)
+    for completion, gold in zip(completions, reference, strict=True):
+        text = gold_text(gold, "rouge_reward")
+        f1 = _f1_scores(text or "", last_reply(completion), tuple(weights))
+        score = sum(weight * f1[kind] for kind, weight in weights.items()) / total
+        scores.append(None if text is None else score)
     return scores
 
 
@@ -74,12 +79,14 @@ def _scorer(kinds: tuple[str, ...]):
 
 @functools.lru_cache(maxsize=2048)  # the completions of a group share their reference
 def _tokens(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, map(_stem, TOKEN.findall(text.lower()))))
+    return tuple(filter(None, map(_stem, WORD.findall(text.lower().translate(NO_LETTERS)))))
 
 
 @functools.lru_cache(maxsize=65536)  # stemming is slow, and words recur
 def _stem(word: str) -> str:
-    return word if CHINESE.match(word) else "".join(_english_tokenizer().tokenize(word))
+    if word.isascii():
+        return "".join(_english_tokenizer().tokenize(word))
+    return word if CHINESE.match(word) else unicodedata.normalize("NFC", word)
 
 
 @functools.cache

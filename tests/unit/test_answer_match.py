@@ -33,6 +33,11 @@ MATCHES = {  # reply, gold answers → exact match, F1
     "Chinese quotes and spaces": ("“北京 大学”", ["《北京大学》"], 1, 1),
     "full-width digits": ("１９９８。", ["1998"], 1, 1),
     "Chinese and English": ("iPhone手机", ["手机iPhone"], 0, 1),
+    "in quotes of print": ("“France”.", ["France"], 1, 1),
+    "in other quotes": ("„Duke Rollo“", ["«Duke Rollo»"], 1, 1),
+    "in a box of LaTeX": (r"<answer>$\boxed{\text{Rollo}}$</answer>", ["Rollo"], 1, 1),
+    "in bold with a zero-width character": ("**Rollo\u200b**", ["rollo"], 1, 1),
+    "accents in two forms": ("Zu\u0308rich", ["Zürich"], 1, 1),
     "no answer where there is one": ("unanswerable", ["France"], 0, 0),
 }
 
@@ -113,11 +118,17 @@ def test_without_a_column_of_passages():
     assert answer_match_reward([looked_up("[7] x", reply="Rollo")], [["rollo"]]) == [1]
 
 
+def test_a_row_whose_answers_are_null_is_a_failed_rating():
+    """It is no question without an answer, which has an empty list."""
+    for reward in (answer_exact, answer_f1, answer_match_reward):
+        assert reward(["unanswerable"] * 3, [None, [], float("nan")]) == [None, 1, None]
+
+
 WRONG = {
     "answers that are one text": ({"answers": ["France"]}, "answers is 'France' and must be a list"),
     "answers in SQuAD's own form": ({"answers": [{"text": ["France"]}]}, "must be a list of texts"),
     "an empty answer": ({"answers": [[""]]}, "for no answer"),
-    "no answers": ({"answers": [None]}, "answers is None"),
+    "a null among the answers": ({"answers": [[None]]}, r"answers is \[None\]"),
     "fewer answers than replies": ({"answers": []}, "shorter"),
     "a passage's id that was made a float": (
         {"answers": [["x"]], "passage_id": [3.0]},

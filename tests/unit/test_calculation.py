@@ -42,6 +42,27 @@ RIGHT = {
     "percent left out": ("50", "50%"),
     "hundredths for percent": ("0.5", "50%"),
     "percent for hundredths": ("50%", "0.5"),
+    "percent in words": ("0.5", "50 percent"),
+    "a fraction of LaTeX": (r"The answer is \boxed{\frac{3}{4}}", "0.75"),
+    "a fraction of LaTeX in the answer": ("-0.5", r"-\dfrac12"),
+    "a mixed number of LaTeX": (r"$7\frac{1}{2}$ cups", "7.5"),
+    "a negative fraction in one sign": ("-½ cup", "-0.5"),
+    "thirds": ("1⅔", "5/3"),
+    "a fraction slash": ("3⁄8", "⅜"),
+    "thousands of LaTeX": (r"\boxed{1{,}234}", "1234"),
+    "thousands of LaTeX's other kinds": (r"12\,345\,678 = 12,\!345,\!678", "12345678"),
+    "thousands with no-break spaces": ("72\u00a0000", "72000"),
+    "thousands with narrow ones in the answer": ("1234567 m", "1\u202f234\u2009567"),
+    "a power of ten": (r"$1.5 \times 10^{3}$ m", "1500"),
+    "a minus on its own": (r"x = - \frac{1}{2}", "-0.5"),
+    "a unit of LaTeX": ("72 km", r"72 \text{ km}^2"),
+    "degrees": (r"45^{\circ}", "45°"),
+    "an escaped percent sign": (r"$50\%$", r"50\%"),
+    "an equation": (r"\(x = 3\)", "$x = 3$"),
+    "behind GSM8K's mark": ("72", "48 / 2 = 24 and so on\n#### 72"),
+    "a price in LaTeX": ("5.50 dollars", r"\$5.50"),
+    "Arabic digits": ("٧٢", "72"),
+    "a zero-width character": ("7\u200b2", "72"),
     "a list": ("1,2,3", "3"),
     "a list that looks like thousands": ("1,2345", "2345"),
     "rounded in the seventh digit": ("0.33333333", "1/3"),
@@ -71,6 +92,11 @@ WRONG = {
     "too large for a float": ("9" * 400, "72"),
     "words": ("seventy-two", "72"),
     "nothing": ("", "72"),
+    "the denominator": ("The answer is 2", r"\frac{1}{2}"),
+    "under a root": (r"\boxed{\sqrt{2}}", "2"),
+    "the base of a power": ("10^6", "10"),
+    "times pi": (r"3\pi", "3"),
+    "over nothing": ("72/0", "72"),
 }
 
 
@@ -130,8 +156,15 @@ IMPOSSIBLE = {
         {"answer": ["seventy"]},
         "answer is 'seventy'",
     ),
+    "a root": ({"answer": [r"\sqrt{2}"]}, "answer is "),
+    "a sum": ({"answer": ["2 + 3"]}, r"answer is '2 \+ 3'"),
+    "two numbers": ({"answer": ["(1, 2)"]}, r"answer is '\(1, 2\)'"),
+    "a number of another size": ({"answer": ["5 million"]}, "answer is '5 million'"),
+    "a number and a half": ({"answer": ["3 and a half"]}, "answer is '3 and a half'"),
+    "a decimal comma": ({"answer": ["0,5"]}, "answer is '0,5'"),
+    "a fraction of LaTeX with a root": ({"answer": [r"\frac{\sqrt{3}}{2}"]}, "answer is "),
+    "a list of answers": ({"answer": [["72"]]}, r"answer is \['72'\]"),
     "an answer without an end": ({"answer": ["1e999"]}, "answer is '1e999'"),
-    "no answer": ({"answer": [None]}, "answer is None"),
     "a bonus for failing": ({"answer": ["1"], "failed": 0.1}, "failed 0.1"),
     "a bonus for not calling": ({"answer": ["1"], "without_tool": 0.1}, "without_tool 0.1"),
     "a price for calling": ({"answer": ["1"], "called": -1}, "called -1"),
@@ -149,6 +182,13 @@ def test_what_cannot_be_is_named(given, said):
         calculation_reward(["1"], **given)
     with pytest.raises(ValueError, match="answer is 'x'"):
         calculation_accuracy([""], ["x"])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_row_without_an_answer_is_a_failed_rating(missing):
+    """The others of its batch keep their own; nothing ends the run."""
+    assert calculation_reward(["1", "2"], [missing, "2"], needs_tool=[False, False]) == [None, 1]
+    assert calculation_accuracy(["1", "2"], ["1", missing]) == [1, None]
 
 
 TEXT = st.text() | st.text("0123456789.,/-−$%½eE ^x\n", max_size=60)

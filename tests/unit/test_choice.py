@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.choice import REFUSED, choice_format_reward, choice_reward, chosen, reasoning_length_reward
+from rewards.choice import (
+    REFUSED,
+    choice_accuracy,
+    choice_accuracy_of_answered,
+    choice_format_reward,
+    choice_reward,
+    chosen,
+    reasoning_length_reward,
+)
 
 ANSWERS = {
     "a letter": ("<answer>B</answer>", "B"),
@@ -22,6 +30,15 @@ ANSWERS = {
     "with a reason": ("<answer>B, because A is wrong</answer>", "B"),
     "after reasoning about others": ("<reasoning>A? No. C? No.</reasoning><answer>B</answer>", "B"),
     "said twice": ("<answer>B</answer> so <answer>b.</answer>", "B"),
+    "in bold": ("<answer>**B**</answer>", "B"),
+    "in bold, introduced": ("<answer>**Answer:** B</answer>", "B"),
+    "in a box of LaTeX": (r"<answer>$\boxed{\text{(B)}}$</answer>", "B"),
+    "in quotes": ("<answer>“B”</answer>", "B"),
+    "in other quotes": ("<answer>«B»</answer><answer>'b'</answer><answer>「B」</answer>", "B"),
+    "with zero-width characters": ("<answer>\ufeffB\u200b</answer>", "B"),
+    "two letters in bold": ("<answer>**A** **B**</answer>", None),
+    "two letters in quotes": ("<answer>“A”或“B”</answer>", None),
+    "a word in bold": ("<answer>**Bad**</answer>", None),
     "two letters": ("<answer>A and B</answer>", None),
     "two letters in Chinese": ("<answer>A、B</answer>", None),
     "either of two": ("<answer>答案是A或B</answer>", None),
@@ -35,6 +52,8 @@ ANSWERS = {
     "cut off": ("<reasoning>It is B</reasoning><answer>B", None),
     "nothing": ("", None),
     "refused": ("<answer>拒答</answer>", REFUSED),
+    "refused in Traditional Chinese": ("<answer>「無法確定」</answer>", REFUSED),
+    "refused in bold": ("<answer>**I don't know**</answer>", REFUSED),
     "refused in English": ("<answer>I don’t know.</answer>", REFUSED),
 }
 
@@ -53,8 +72,15 @@ def test_right_pays_more_than_refusing_than_wrong_than_nothing():
     assert choice_reward(replies[:2], answer=["A", "A"], wrong=-3, unparseable=-4, refused=0.5) == [-3, 0.5]
 
 
+def test_a_row_without_an_answer_is_a_failed_rating():
+    """By the reward and both measures; nothing ends the run."""
+    for reward in (choice_reward, choice_accuracy, choice_accuracy_of_answered):
+        assert reward(["<answer>A</answer>"] * 3, answer=[None, "A", float("nan")]) == [None, 1, None]
+
+
 WRONG = {
     "an answer that is none": ({"answer": ["c"]}, "answer is 'c'"),
+    "a list of answers": ({"answer": [["A"]]}, r"answer is \['A'\]"),
     "refusing pays more than being right": ({"answer": ["C"], "refused": 2}, "refused 2 < right 1"),
     "fewer answers than replies": ({"answer": []}, "shorter"),
 }

@@ -22,7 +22,7 @@ def fresh(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "_cache", {})
     monkeypatch.setattr(module, "_failing", set())
-    monkeypatch.setattr(module, "_without_schema", set())
+    monkeypatch.setattr(module, "_refused", {})
 
 
 @pytest.fixture
@@ -99,6 +99,37 @@ def test_a_server_that_refuses_the_schema_is_asked_without(serve, status):
     assert ["response_format" in request for request in judge.requests] == [True, False, False, False]
 
 
+def hosted(reply, request):
+    """Refuse what the reasoning models of hosts refuse, and then rate."""
+    if "max_tokens" in request:
+        text = "Unsupported parameter: 'max_tokens' is not supported here. Use 'max_completion_tokens' instead."
+        return 400, {"error": {"message": text, "param": "max_tokens"}}
+    if "temperature" in request:
+        text = "Unsupported value: 'temperature' does not support 0 with this model."
+        return 400, {"error": {"message": text, "param": "temperature"}}
+    return "8" if "response_format" not in request else (422, {"error": {"message": "Extra inputs are not permitted"}})
+
+
+def test_a_server_that_refuses_parameters_is_asked_without_them(serve):
+    """Each refusal is met once; max_tokens has another name there."""
+    judge = serve(hosted)
+    assert rate(judge.url, ["a"], max_tokens=500) == [8]
+    assert len(judge.requests) == 4
+    assert rate(judge.url, ["b", "c"], max_tokens=500) == [8, 8]
+    assert len(judge.requests) == 6
+    assert set(judge.requests[-1]) == {"model", "messages", "max_completion_tokens"}
+    assert judge.requests[-1]["max_completion_tokens"] == 500
+
+
+def test_a_refusal_of_one_prompt_teaches_nothing(serve):
+    """A prompt that is too long is refused whatever is left out; the next one is asked with everything again."""
+    too_long = (400, {"error": {"message": "'max_tokens' is too large: 2048. This model's context is 4096 tokens."}})
+    judge = serve(lambda reply, _: too_long if reply == "long" else "8")
+    assert rate(judge.url, ["long"]) == [None]
+    assert rate(judge.url, ["short"]) == [8]
+    assert {"max_tokens", "temperature", "response_format"} <= set(judge.requests[-1])
+
+
 SCORES = {
     "8": 8,
     "8分": 8,
@@ -123,6 +154,15 @@ SCORES = {
     '```json\n{"score": 8}\n```': 8,
     "<think>3 or 4? The maximum is 10.</think>\n\n8": 8,
     "I think 3.</think>\n分数8分": 8,
+    "Is it 3? 4?\n</thinking>8": 8,
+    "[THINK]3 or 4[/THINK]8": 8,
+    "評分：8": 8,
+    "分數8分": 8,
+    "我的評分是8": 8,
+    "最終得分為8分": 8,
+    "總體評分：8/10": 8,
+    "綜合評分：8": 8,
+    "8分（滿分10分）": 8,
 }
 NO_SCORES = [
     *["", None, "good", "11", "-3", "−3", "85", "10.5", "7 or 8", "7-8", "7、8", "8/20", "8/100", "10/100"],
@@ -254,17 +294,31 @@ def test_a_judge_that_rates_is_ready(serve):
         judge_ready(base_url=judge.url, concurrency=0)
 
 
+def cut_off(content: str | None, **more) -> tuple[int, dict]:
+    """Return the response of a judge that reached max_tokens."""
+    message = {"role": "assistant", "content": content} | more
+    choice = {"index": 0, "finish_reason": "length", "message": message}
+    return 200, {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+
+
 NOT_READY = {
     "another model": ({"model": "llama3"}, ['model "qwen2.5:7b" not found', "/models lists"]),
     "the key": ({"key": "another"}, ["Incorrect API key", "JUDGE_API_KEY"]),
     "words": (
         {"answer": lambda *_: "As a judge I " + "x" * 200},
-        ["no rating from 0 to 10", "'As a judge I xxx", "take another model"],
+        ["no rating from 0 to 10", "'As a judge I xxx", "another model"],
     ),
     "an error that repeats the key": (
         {"answer": lambda *_: (400, {"error": {"message": f"no max_tokens for {KEY}"}})},
         ["no max_tokens for …"],
     ),
+    "an empty answer": ({"answer": lambda *_: ""}, ["the answer is empty", "raise max_tokens"]),
+    "no answer at all": ({"answer": lambda *_: None}, ["the answer is empty"]),
+    "reasoning that was cut off": (
+        {"answer": lambda *_: cut_off(None, reasoning_content="Let me see")},
+        ["reasoning", "cut off at max_tokens 2048", "raise max_tokens"],
+    ),
+    "thoughts that were cut off": ({"answer": lambda *_: cut_off("<think>8 or")}, ["cut off at max_tokens 2048"]),
     "no completion": ({"answer": lambda *_: (200, {"choices": None})}, ["no chat completion"]),
     "silence": ({"delay": 30}, ["timed out", "raise `timeout`"]),
 }
@@ -282,6 +336,46 @@ def test_a_judge_that_is_not_ready_is_refused_with_the_fix(serve, monkeypatch, s
         assert part in str(refusal.value)
     assert KEY not in "".join(traceback.format_exception(refusal.value))
     assert rate(judge.url, ["a"], timeout=timeout) == [None]
+
+
+UNUSABLE = {
+    "no scheme": ({"base_url": "localhost:11434/v1"}, "base_url is 'localhost:11434/v1'.*write http://"),
+    "half a scheme": ({"base_url": "http//judge/v1"}, "base_url is 'http//judge/v1'"),
+    "no host": ({"base_url": "http://"}, "base_url is 'http://'"),
+    "a port that is no number": ({"base_url": "http://judge:port/v1"}, "base_url is 'http://judge:port/v1'"),
+    "no address": ({"base_url": None}, "base_url is None"),
+    "a time limit in quotes": ({"timeout": "60"}, "timeout is '60'.*a number"),
+    "a number of requests in quotes": ({"concurrency": "16"}, "concurrency is '16'.*an integer"),
+    "half a retry": ({"retries": 2.5}, "retries is 2.5.*an integer"),
+    "no time": ({"timeout": 0}, "timeout is 0"),
+    "no tokens": ({"max_tokens": None}, "max_tokens is None"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), UNUSABLE.values(), ids=UNUSABLE)
+def test_an_option_that_no_judge_can_work_with_is_named(options, said):
+    """With what to write, before anything is asked."""
+    with pytest.raises(ValueError, match=f"judge_reward: {said}"):
+        judge_ready(**({"base_url": "http://127.0.0.1:1/v1"} | options))
+
+
+def test_a_judge_of_this_machine_is_asked_without_a_proxy(serve, monkeypatch):
+    """One elsewhere is not, and a proxy that cannot be used is told in one line."""
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:1")
+    assert rate(serve().url, ["a"]) == [8]
+    with pytest.raises(ValueError, match=r"http_proxy or all_proxy: .*socksio.* Fix: .*unset") as refusal:
+        judge_ready(base_url="https://judge.example/v1")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_judge_rates_a_prompt_in_parts(serve):
+    """And answers in parts, as some hosts do."""
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "8"}]
+    judge = serve(lambda *_: (200, judge.completion(parts)))
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "Praise me"}]}]
+    assert rate(judge.url, ["a"], prompt) == [8]
+    assert '"Praise me"' in judge.requests[0]["messages"][1]["content"]
 
 
 def test_an_address_where_no_judge_is(serve):

@@ -24,6 +24,7 @@ LAST_REPLIES = {
     "chat": ([{"role": "assistant", "content": "abc"}], "abc"),
     "the answer after tools": (EPISODE, "The answer is 5."),
     "a call without words": (EPISODE[:2], ""),
+    "content in parts": ([{"role": "assistant", "content": [{"type": "text", "text": "abc"}]}], "abc"),
     "content None": ([{"role": "assistant", "content": None}], ""),
     "no message": ([], ""),
 }
@@ -68,3 +69,5 @@ def test_words_are_lower_case_without_punctuation():
     """Chinese is cut by jieba, which keeps its cache out of /tmp."""
     assert words("No, no; 3 times!") == ["no", "no", "3", "times"]
     assert words("我们 love 北京。") == ["我们", "love", "北京"]
+    assert words("Да, कि; ok_1 ❤️ 도서관") == ["да", "कि", "ok_1", "도서관"]
+    assert words("iPhone手机涨3.5%，и всё") == ["iphone", "手机", "涨", "3.5%", "и", "всё"]

@@ -6,15 +6,20 @@ import inspect
 import re
 import sys
 import traceback
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny_models import TEMPLATE, make_tokenizer
 from transformers.utils import get_json_schema
 
 from grpo_launcher.errors import UserError
 from grpo_launcher.plugins import (
     chat_template_options,
+    check_scores,
     load_environment,
     load_object,
     load_rewards,
@@ -281,6 +286,51 @@ def test_a_bad_score_names_reward_and_completion(name, message, mine):
     (reward,) = load_rewards([f"{mine}:{name}"])
     with pytest.raises(ValueError, match=f"reward {name}: {message}"):
         reward(completions=["a", "b"], prompts=["p", "p"])
+
+
+NO_SCORES = {
+    "a column": np.ones((2, 1)),
+    "a tensor's column": torch.ones(2, 1),
+    "a row": np.ones((1, 2)),
+    "a dict": {0: 0.5, 1: 0.7},
+    "a set": {0.5, 0.7},
+    "a text": "12",
+    "bytes": b"12",
+    "one number": np.float64(1),
+    "too many": iter([1, 2, 3]),
+    "arrays of one element": [np.ones(1), np.ones(1)],
+    "texts": np.array(["1", "2"]),
+    "an integer without end": [10**400, 1],
+    "too large for 32 bits": [0.5, -1e39],
+    "a decimal that is no number": [Decimal("NaN"), 1],
+    "complex numbers": [1j, 2j],
+}
+
+
+@pytest.mark.parametrize("scores", NO_SCORES.values(), ids=NO_SCORES)
+def test_what_is_not_one_number_a_completion_is_refused_by_the_rewards_name(scores):
+    """As a whole, before TRL trains on the keys of a dict."""
+    with pytest.raises(ValueError, match="reward mine: "):
+        check_scores(scores, ["a", "b"], "mine")
+
+
+SCORES = {
+    "a tuple": (1, None),
+    "an array": np.array([1, None]),
+    "tensors without dimensions": [torch.tensor(1.0), None],
+    "numbers of NumPy": [np.int64(1), None],
+    "decimals": [Decimal(1), None],
+    "fractions": [Fraction(1), None],
+    "booleans": [True, None],
+    "a generator": (score for score in (1.0, None)),
+}
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_scores_become_floats(scores):
+    """So that TRL can make one tensor of them, whatever a reward counts with."""
+    checked = check_scores(scores, ["a", "b"], "mine")
+    assert checked == [1.0, None] and type(checked[0]) is float
 
 
 def test_a_setting_of_a_tool_is_bound_and_hidden_from_the_model(mine, tokenizer):

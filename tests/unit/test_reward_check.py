@@ -40,7 +40,13 @@ FAULTS = {
         0,
     ),
     "strings": ("['1.0' for _ in completions]", "'1.0' for completion 0", 1),
-    "one number for all": ("1.0", "TypeError: 'float' object is not iterable", 1),
+    "one number for all": ("1.0", "reward planted: 1.0 of type float", 1),
+    "a table of one column": ("__import__('numpy').ones((len(completions), 1))", "of type ndarray", 1),
+    "scores by index": ("{i: 0.5 for i in range(len(completions))}", "of type dict", 1),
+    "a set": ("set(range(len(completions)))", "of type set", 1),
+    "text": ("'1' * len(completions)", "of type str", 1),
+    "a list of lists": ("[[len(last_reply(c))] for c in completions]", "] for completion 0", 1),
+    "too large for 32 bits": ("[10 ** len(last_reply(c)) for c in completions]", "for completion 0", 1),
     "noise": ("[__import__('random').random() for _ in completions]", "warn  chat   the same batch again", 0),
     "an async reward that failed": (
         "async def planted(completions, **columns):\n    return [None] * len(completions)",
@@ -132,7 +138,7 @@ def test_try_scores_one_text(write_module, capsys):
     )
     argv = ["try", f"{write_module(text)}:mine", "-- no", "--column", "gold=3", "--column", "reference=abcd"]
     assert main([*argv, "--words", "[a, b]", "--scale=-2"]) == 0
-    assert capsys.readouterr().out == "mine: -2\n  logged words: 2\n"
+    assert capsys.readouterr().out == "mine: -2.0\n  logged words: 2\n"
 
 
 def test_an_error_of_the_reward_passes_through_try():

@@ -61,6 +61,11 @@ VALUES = {
     "bigrams": (ngram_repetition_reward, "a b a b", "", {"n": 2}, -1 / 3),
     "Chinese words again": (ngram_repetition_reward, "北京大学，北京大学。", "", {"n": 1}, -1 / 2),
     "fewer words than n": (ngram_repetition_reward, "a a", "", {}, 0),
+    "Cyrillic": (distinct_words_reward, "Да, да! Нет.", "", {}, 2 / 3),
+    "Hindi, whose vowel signs are no letters": (distinct_words_reward, "हिन्दी की हिन्दी", "", {}, 2 / 3),
+    "accents in two forms": (distinct_words_reward, "caf\u00e9 cafe\u0301", "", {}, 1 / 2),
+    "Thai, which has no spaces": (ngram_repetition_reward, "ดีดีดีดี", "", {"n": 1}, -3 / 4),
+    "Cyrillic among Chinese": (distinct_words_reward, "我爱 Москва 和 Москва", "", {}, 4 / 5),
     "n-grams of nothing": (ngram_repetition_reward, "", "", {}, 0),
     "Chinese alone": (chinese_reward, "你好，世界！ 123", "", {}, 1),
     "no Chinese": (chinese_reward, "hello", "", {}, 0),
@@ -73,6 +78,12 @@ VALUES = {
     "rouge by default": (rouge_reward, "the cat", "the dog", {}, (0.5 + 0 + 0.5) / 3),
     "rouge in Chinese": (rouge_reward, "我爱北京", "他爱北京", {}, (3 / 4 + 2 / 3 + 3 / 4) / 3),
     "rouge in both": (rouge_reward, "我用Python3写", "我用 python3 。", {"weights": {"rouge1": 1}}, 6 / 7),
+    "rouge in Greek": (rouge_reward, "η γάτα", "η Γάτα!", {}, 1),
+    "rouge in Korean": (rouge_reward, "나는 학생", "나는 선생", {"weights": {"rouge1": 1}}, 0.5),
+    "rouge in Thai": (rouge_reward, "ดีมาก", "ดี", {"weights": {"rouge1": 1}}, 2 * (1 / 4) / (1 / 4 + 1)),
+    "rouge in Kana": (rouge_reward, "ねこ", "ねず", {"weights": {"rouge1": 1}}, 0.5),
+    "rouge with accents": (rouge_reward, "Café naïve", "cafe\u0301 naive", {"weights": {"rouge1": 1}}, 0.5),
+    "rouge in Arabic by sentences": (rouge_reward, "نعم؟ لا", "لا\nنعم؟", {"weights": {"rougeLsum": 1}}, 1),
     "sentences in another order": (rouge_reward, "甲乙。丙丁！", "丙丁！甲乙。", {"weights": {"rougeLsum": 1}}, 1),
     "a point inside a number": (rouge_reward, "3.5", "5.3", {"weights": {"rougeLsum": 1}}, 0.5),
     "rouge of nothing": (rouge_reward, "", "the dog", {}, 0),
@@ -120,6 +131,15 @@ def test_each_reply_meets_its_own_reference(reward):
         reward(replies, [*references, "more"])
 
 
+@pytest.mark.parametrize("reward", [length_similarity_reward, rouge_reward])
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_row_without_a_reference_is_a_failed_rating(reward, missing):
+    """Nothing ends the run; a list of texts is refused with the name of the reward."""
+    assert reward(["a b c", "a b c"], [missing, "a b c"]) == [None, 1]
+    with pytest.raises(ValueError, match=rf"{reward.__name__}: reference is \['a', 'b'\]"):
+        reward(["a b"], [["a", "b"]])
+
+
 @pytest.mark.parametrize(
     ("reward", "options", "words"),
     [
@@ -158,10 +178,8 @@ ENGLISH = {
         "The cats were running quickly.\nA dog's: 3.5 miles away! No.",
         "A cat runs; its owner\nwas 3,5 mile away. Not it.",
     ),
-    "letters that change in lower case": (
-        "Café naïve über İstanbul Straße \u212aelvin",
-        "cafe naive uber istanbul kelvin ΣΑΣ",
-    ),
+    "a letter that changes in lower case": ("\u212aelvin", "kelvin"),
+    "signs that are no letters": ("5 m² or ½ of H₂O ❤️ snake_case ①", "5 m or 12 of HO, 1️⃣ snake case"),
     "stems": ("ties dies flies generously agreed hopping skies sss ings", "tie die fly generous agree hop sky ss ing"),
     "nothing": ("", "nothing said"),
 }
