@@ -10,10 +10,12 @@ from helpers import ROOT, Launch, run_python
 
 
 def pytest_collection_modifyitems(items):
-    """Mark every test of this folder slow."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slow)
+    """Mark every test of this folder slow. The files that wait for the quickstart's model come after the others."""
+    slow = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in slow:
+        item.add_marker(pytest.mark.slow)
+    waiting = {item.path for item in slow if "quickstart_data" in item.fixturenames}
+    items.sort(key=lambda item: (item not in slow, item.path in waiting))
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +58,9 @@ def made_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quickstart_data(made_once):
     """A folder with the quickstart's base model and posts, as `python -m grpo_launcher.quickstart` makes them."""
-    return made_once(
-        "quickstart", lambda folder: run_python("-m", "grpo_launcher.quickstart", "--output", folder, cwd=folder)
-    )
+    command = ["-m", "grpo_launcher.quickstart", "--output"]
+    # Two threads: the other worker of pytest may have nothing to do but to wait for it.
+    return made_once("quickstart", lambda folder: run_python(*command, folder, cwd=folder, OMP_NUM_THREADS=2))
 
 
 @pytest.fixture
