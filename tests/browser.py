@@ -24,7 +24,7 @@ FLAGS = [
 
 
 # Each model's column ends in a line such as [270 characters, 90 tokens · length_reward −70.00 · 1.2 s].
-ALL_WRITTEN = """(document.body.innerText.match(/ \\d+\\.\\d s[^\\]]*\\]/g) || []).length
+ALL_WRITTEN = """(document.body.innerText.match(/ tokens[^\\]]* s\\]/g) || []).length
     == document.querySelectorAll('[role=log]').length"""
 
 
