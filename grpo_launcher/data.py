@@ -112,8 +112,7 @@ def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_o
             try:
                 ids = tokenizer.apply_chat_template(batch, **options)["input_ids"]
             except (TemplateError, TypeError) as error:
-                rows = f"{start + 1} to {start + len(batch)}"
-                problem = f"its chat template refuses one of the prompts {rows}: {first_line(error)}"
+                problem = f"its chat template refuses prompt {start + 1} or a later one: {first_line(error)}"
                 fix = "a system text can stand before the user's: process_dataset.py --system_in_user writes it there"
                 raise UserError(tokenizer.name_or_path, problem, fix) from error
         counts += [len(row) for row in ids]

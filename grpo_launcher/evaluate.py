@@ -370,8 +370,7 @@ def file_rows(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        problem = f"cannot be read: {first_line(error)}"
-        raise UserError(f"--prompts {path}", problem, "give a text file in UTF-8") from error
+        raise UserError(f"--prompts {path}", f"cannot be read: {first_line(error)}", "give UTF-8 text") from error
     rows = [{"prompt": line.strip()} for line in lines if line.strip()]
     if not rows:
         raise UserError(f"--prompts {path}", "holds no prompt")
