@@ -24,8 +24,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"one of: {', '.join(NAMES)}")
     parser.add_argument(
         "--source",
-        help="Hub id, folder of parquet files, or a jsonl, json (SQuAD's too), csv or parquet file; "
-        "kuakua: a text file of prompts; mcq: a CSV file",
+        help="Hub id, folder of parquet files or of save_to_disk, or a jsonl, json (SQuAD's too), csv, tsv or parquet "
+        "file; kuakua: a text file of prompts; mcq: a CSV file",
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: data/NAME)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--limit", type=int, help="raw rows of a split, drawn at random; kuakua, --steps: rows to make"
     )
+    in_user = "write the system text before the user's, for chat templates without a system role (Gemma 2, Mistral)"
+    parser.add_argument("--system_in_user", action="store_true", help=in_user)
     parser.add_argument("--seed", type=int, default=0, help="of the draw and of the test split (default: 0)")
     own = parser.add_argument_group("calculator")
     own.add_argument("--steps", type=int, choices=range(1, 9), metavar="N", help="make sums of 1 to 8 operations")

@@ -1,27 +1,102 @@
-"""Datasets: load the splits, count the tokens of prompts, leave long prompts of a stream out."""
+"""Datasets: load the splits, look at the prompts, count their tokens, leave long prompts of a stream out."""
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+from grpo_launcher import hub
+from grpo_launcher.errors import UserError, first_line
+
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMS = "give .jsonl or .json (an object a line), .csv or .tsv (cells with a comma in quotes), in UTF-8, or .parquet"
 
 
-def load_splits(dataset_name: str, dataset_config: str | None = None, streaming: bool = False) -> DatasetDict:
-    """Load a dataset by Hub id, prepared folder, or one file of rows, which becomes the split train."""
-    file_type = FILE_TYPES.get(Path(dataset_name).suffix)
-    if file_type and Path(dataset_name).is_file():
-        return load_dataset(file_type, data_files={"train": dataset_name}, streaming=streaming)
-    return load_dataset(dataset_name, name=dataset_config, streaming=streaming)
+def load_splits(dataset_name: str, dataset_config: str | None = None, streaming: bool = False) -> dict:
+    """Load a Hub id, a folder, or one file of rows as the split train. UserError says why it cannot be read."""
+    path = Path(dataset_name)
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in FILE_TYPES:
+        raise UserError(dataset_name, f"unknown ending {suffix}", FORMS)
+    try:
+        if path.is_file():
+            options = {"data_files": {"train": dataset_name}} | ({"sep": "\t"} if suffix == ".tsv" else {})
+            splits = load_dataset(FILE_TYPES[suffix], streaming=streaming, **options)
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            splits = load_from_disk(dataset_name).with_format(None)
+            splits = {"train": splits} if isinstance(splits, Dataset) else splits
+        else:
+            splits = load_dataset(dataset_name, name=dataset_config, streaming=streaming)
+        return {name: _check_format(split) for name, split in splits.items()}
+    except (OSError, ValueError, StopIteration, IndexError, DatasetsError) as error:
+        raise _explain(path, error) from error
 
 
-def column_names(split: Dataset | IterableDataset) -> list[str]:
-    """Return the columns of a split. A stream may not know them: then those of its first row."""
-    return split.column_names or list(next(iter(split), {}))
+def _check_format(split: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Return a split without text parts in its prompts. Raises ValueError for what datasets reads without a word."""
+    if isinstance(split, IterableDataset):
+        list(split.take(100))
+    else:
+        split.data.validate(full=True)  # text that is not UTF-8
+    if split.builder_name == "csv" and "__index_level_0__" in (split.column_names or []):
+        raise ValueError("line 2 has more cells than the header")  # pandas took its first cells for an index
+    prompt_type = str((split.features or {}).get("prompt"))
+    return split.map(_join_text_parts) if "Json" in prompt_type or "'text'" in prompt_type else split
+
+
+def _join_text_parts(row: dict) -> dict:
+    """Write a content that is a list of text parts as text: the templates of text models take no lists."""
+    with suppress(AttributeError, KeyError, TypeError):  # check_prompt refuses what has another form
+        for message in row["prompt"]:
+            if isinstance(message.get("content"), list):
+                message["content"] = "".join(part["text"] for part in message["content"])
+    return row
+
+
+def _explain(path: Path, error: BaseException) -> UserError:
+    """Return the innermost cause why a dataset cannot be read, with file and line where they are known."""
+    if not path.exists():
+        return UserError(str(path), first_line(error.__cause__ or error), hub.hint())
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in [file for file in files if FILE_TYPES.get(file.suffix.lower()) in ("json", "csv")]:
+        parse = json.loads if file.suffix.lower() == ".jsonl" else str
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            try:
+                parse(line.decode("utf-8-sig").strip() or "null")
+            except ValueError as fault:
+                problem = fault.msg if isinstance(fault, json.JSONDecodeError) else "not UTF-8"
+                return UserError(str(file), f"line {number}: {problem}", FORMS)
+    while error.__cause__:
+        error = error.__cause__
+    if isinstance(error, StopIteration | IndexError) or "corresponds to no data" in str(error):
+        return UserError(str(path), "a split has no rows")
+    return UserError(str(path), " ".join(str(error).split())[:300], FORMS)
+
+
+def column_values(split: Dataset | IterableDataset, column: str) -> Iterator:
+    """Yield the values of a column, of a stream the first 100. Batches are six times faster than a Column."""
+    rows = split.take(100) if isinstance(split, IterableDataset) else split
+    for batch in rows.select_columns(column).iter(1000):
+        yield from batch[column]
+
+
+def check_prompt(prompt, is_chat: bool, row: str) -> None:
+    """Raise UserError for a prompt that is no text, or no list of messages (is_chat). `row` says where it stands."""
+    is_right = bool(prompt) and isinstance(prompt, list if is_chat else str)
+    for message in prompt if is_chat and is_right else []:
+        has_role = isinstance(message, dict) and isinstance(message.get("role"), str)
+        is_right = is_right and has_role and (isinstance(message.get("content"), str) or message.get("tool_calls"))
+    if not is_right:
+        fix = "write every prompt as a text, or every prompt as messages: [{role: user, content: text}]"
+        raise UserError("dataset_name", f"{row}: prompt is {prompt!r:.200}", fix)
 
 
 def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_options) -> list[int]:
@@ -34,7 +109,12 @@ def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_o
             ids = tokenizer(batch)["input_ids"]
         else:
             options = {"add_generation_prompt": True, "return_dict": True} | template_options
-            ids = tokenizer.apply_chat_template(batch, **options)["input_ids"]
+            try:
+                ids = tokenizer.apply_chat_template(batch, **options)["input_ids"]
+            except (TemplateError, TypeError) as error:
+                problem = f"its chat template refuses prompt {start + 1} or a later one: {first_line(error)}"
+                fix = "a system text can stand before the user's: process_dataset.py --system_in_user writes it there"
+                raise UserError(tokenizer.name_or_path, problem, fix) from error
         counts += [len(row) for row in ids]
     return counts
 
@@ -48,31 +128,32 @@ def tokenizer_mark(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{name} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def longest_prompt(split: Dataset, tokenizer: PreTrainedTokenizerBase, **template_options) -> int:
+def longest_prompt(split: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, **template_options) -> int:
     """Return the tokens of the longest prompt.
 
     They come from the column that process_dataset.py wrote, where it used this tokenizer and no other template.
     """
-    if "prompt_tokens" in split.column_names and not template_options:
+    if isinstance(split, Dataset) and "prompt_tokens" in split.column_names and not template_options:
         digits = tokenizer_mark("", tokenizer).split()[-1]
         if {mark.split()[-1] for mark in split.unique("prompt_tokenizer")} == {digits}:
             return max(split["prompt_tokens"])
-    return max(count_tokens(list(split["prompt"]), tokenizer, **template_options))
+    return max(count_tokens(list(column_values(split, "prompt")), tokenizer, **template_options))
 
 
 def drop_long_prompts(
-    stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int, **template_options
+    stream: IterableDataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, **template_options
 ) -> IterableDataset:
     """Leave the prompts of a stream out that have more than `max_tokens` tokens: one of them would end the run.
 
-    The main rank prints the first that is left out, and every hundredth.
+    The main rank prints the first that is left out, and every hundredth. A prompt that is none raises UserError.
     """
     dropped = 0
 
     def fits(row: dict) -> bool:
         nonlocal dropped
+        check_prompt(row["prompt"], isinstance(row["prompt"], list), "a row of the stream")
         tokens = count_tokens([row["prompt"]], tokenizer, **template_options)[0]
-        if tokens <= max_tokens:
+        if max_tokens is None or tokens <= max_tokens:
             return True
         if dropped % 100 == 0 and os.environ.get("RANK", "0") == "0":
             print(f"Left out a prompt of {tokens} tokens; {max_tokens} fit ({dropped + 1} so far).", flush=True)
@@ -94,16 +175,15 @@ def load_for_training(
         template_options: what the chat template is given beside the messages.
     """
     splits = load_splits(values["dataset_name"], values["dataset_config"], values["dataset_streaming"])
-    if max_prompt:
+    if values["dataset_streaming"]:
         splits = {
             name: drop_long_prompts(split, tokenizer, max_prompt, **template_options) for name, split in splits.items()
         }
-    if values["eval_strategy"] == "no":
-        return splits[values["dataset_train_split"]], None
-    eval_split = splits[values["dataset_test_split"]]
-    return splits[values["dataset_train_split"]], eval_split.take(values["eval_rows"]) if values[
-        "eval_rows"
-    ] else eval_split
+    train_split, eval_split = splits[values["dataset_train_split"]], None
+    if values["eval_strategy"] != "no":
+        eval_split = splits[values["dataset_test_split"]]
+        eval_split = eval_split.take(values["eval_rows"]) if values["eval_rows"] else eval_split
+    return train_split, eval_split
 
 
 def load_tokenizer(values: dict) -> PreTrainedTokenizerBase:

@@ -336,14 +336,11 @@ def data_rows(data: str, splits: list[str], limit: int | None = None, config: st
     Raises:
         UserError: a split that is missing, empty or without prompts.
     """
-    field = f"data {data}"
     try:
         dataset = load_splits(data, config)
-    except Exception as error:  # the Hub, files and builders each raise their own
-        empty = re.match(r'Instruction "(.+)" corresponds to no data', str(error))
-        problem = f"its split {empty[1]} is empty" if empty else f"cannot be read: {first_line(error)}"
-        raise UserError(field, problem) from error
-    rows = {}
+    except UserError as error:
+        raise UserError(f"data {error.field}", f"cannot be read: {error.problem}", error.fix) from error
+    rows, field = {}, f"data {data}"
     for split in splits:
         if split not in dataset:
             raise UserError(field, f"there is no split {split!r}, only {', '.join(dataset)}")
@@ -368,12 +365,12 @@ def sample_rows(run: Path | None, count: int, seed: int) -> list[dict]:
 
 def file_rows(path: Path) -> list[dict]:
     """Read prompts: a file of rows with `prompt`, or a text with one prompt a line."""
-    if path.suffix in FILE_TYPES:
+    if path.suffix.lower() in FILE_TYPES:
         return data_rows(str(path), ["train"])["train"]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {path}", f"cannot be read: {first_line(error)}") from error
+        raise UserError(f"--prompts {path}", f"cannot be read: {first_line(error)}", "give UTF-8 text") from error
     rows = [{"prompt": line.strip()} for line in lines if line.strip()]
     if not rows:
         raise UserError(f"--prompts {path}", "holds no prompt")

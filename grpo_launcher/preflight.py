@@ -12,11 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import torch
 import transformers
 import yaml
-from datasets.exceptions import DatasetGenerationError
-from huggingface_hub.errors import HfHubHTTPError
 from peft import get_peft_model
 from transformers import AutoConfig
 from transformers.integrations import get_reporting_integration_callbacks
@@ -25,7 +24,7 @@ from trl import ModelConfig, get_peft_config
 from grpo_launcher import hub, plugins, seq2seq
 from grpo_launcher.callbacks import guard_limits
 from grpo_launcher.config import arguments_class, build, grpo_only_fields, load_config
-from grpo_launcher.data import column_names, load_splits, load_tokenizer, longest_prompt
+from grpo_launcher.data import check_prompt, column_values, load_splits, load_tokenizer, longest_prompt
 from grpo_launcher.errors import UserError, closest_match, first_line
 from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
 from grpo_launcher.memory import check_memory
@@ -66,6 +65,7 @@ class _Check:
     def __init__(self, report: Report, hardware: Hardware, options: Options):
         self.report, self.hardware, self.options = report, hardware, options
         self.tokenizer = self.model_config = self.meta_model = None
+        self.splits = {}  # those that the run uses
 
     def refuse(self, field_name: str, problem: str, fix: str = "") -> None:
         self.report.problems.append(str(UserError(field_name, problem, fix)))
@@ -180,6 +180,7 @@ class _Check:
         self._data(template_options)
         columns = self.report.data.columns if self.report.data else None
         if values["method"] == "sft":
+            self._nulls("a supervised run", ["reference"])
             self._best_metric(["loss"])
             return
         if not has_rewards and not values["environment_factory"]:
@@ -191,6 +192,8 @@ class _Check:
         except UserError as error:
             self.report.problems.append(str(error))
             return
+        for reward in filter(callable, rewards):
+            self._nulls(plugins.metric_name(reward), plugins.required_columns(reward))
         self._rewards_ready(rewards)
         names = [*map(plugins.metric_name, rewards), *environment_rewards]
         self._best_metric(["reward", "loss", *(f"rewards/{name}/mean" for name in names)])
@@ -230,38 +233,58 @@ class _Check:
         name, split = values["dataset_name"], values["dataset_train_split"]
         try:
             splits = load_splits(name, values["dataset_config"], values["dataset_streaming"])
-        except (OSError, ValueError, DatasetGenerationError, HfHubHTTPError) as error:
-            cause = first_line(error.__cause__ or error)
-            report.missing.append(
-                str(UserError("dataset_name", f"{name} cannot be read: {cause}", self._how_to_make(name)))
-            )
+        except UserError as error:
+            fix = error.fix if Path(name).exists() else self._how_to_make(name)
+            problem = f"{error.field} cannot be read: {error.problem}"
+            report.missing.append(str(UserError("dataset_name", problem, fix)))
             return
         eval_split = values["dataset_test_split"] if values["eval_strategy"] != "no" else None
         for field_name, wanted in {"dataset_train_split": split, "dataset_test_split": eval_split}.items():
             if wanted and wanted not in splits:
                 self.refuse(field_name, f"{name} has no split {wanted}", f"use one of {', '.join(splits)}")
                 return
-        data = DataInfo(column_names(splits[split]))
+        rows = list(splits[split].take(100))
+        data = DataInfo(splits[split].column_names or (list(rows[0]) if rows else []))
         report.data = data
-        first = next(iter(splits[split]), None)
+        if not rows or (eval_split and not list(splits[eval_split].take(1))):
+            self.refuse("dataset_name", f"{name} has no rows in a split that the run uses")
+            return
         if "prompt" not in data.columns:
             fix = f"rename one of {', '.join(data.columns)} to prompt"
             self.refuse("dataset_name", f"{name} has no column prompt", fix)
             return
-        if first is None:
-            self.refuse("dataset_name", f"{name} has no rows")
-            return
-        self._prompts(name, first, [row["prompt"] for row in splits[split].take(100)])
+        self.splits = {key: splits[key] for key in (split, eval_split) if key}
+        self._rows(name, rows, template_options)
         if values["dataset_streaming"]:
             return
         data.rows = len(splits[split])
-        used = [splits[split]]
         if eval_split:
-            used.append(splits[eval_split])
-            data.eval_rows = min(len(used[1]), values["eval_rows"] or len(used[1]))
-        has_template = isinstance(first["prompt"], str) or (self.tokenizer and self.tokenizer.chat_template)
-        if self.tokenizer is not None and has_template:
-            data.longest_prompt = max(longest_prompt(part, self.tokenizer, **template_options) for part in used)
+            data.eval_rows = min(len(splits[eval_split]), values["eval_rows"] or len(splits[eval_split]))
+
+    def _rows(self, name: str, rows: list[dict], template_options: dict) -> None:
+        """Look at the prompt of every row, and count its tokens. `rows` are the first ones of the training split."""
+        values, data, is_chat = self.report.values, self.report.data, isinstance(rows[0]["prompt"], list)
+        for column in sorted(plugins.TRL_KEYWORDS & set(data.columns)) if values["method"] != "sft" else []:
+            self.refuse("dataset_name", f"{name} has a column {column}, and TRL gives rewards its own", "rename it")
+        try:
+            for split, part in self.splits.items():
+                for number, prompt in enumerate(column_values(part, "prompt"), 1):
+                    check_prompt(prompt, is_chat, f"{name}, split {split}, row {number}")
+            self._prompts(name, rows[0], [row["prompt"] for row in rows])
+            if self.tokenizer is not None and (not is_chat or self.tokenizer.chat_template):
+                lengths = [longest_prompt(part, self.tokenizer, **template_options) for part in self.splits.values()]
+                data.longest_prompt = None if values["dataset_streaming"] else max(lengths)
+        except UserError as error:
+            self.report.problems.append(str(error))
+
+    def _nulls(self, reader: str, columns: list[str]) -> None:
+        """Refuse a row without a value in a column that a reward or a supervised run needs."""
+        for split, rows in self.splits.items():
+            for column in sorted(set(columns) & set(self.report.data.columns)):
+                values = enumerate(column_values(rows, column), 1)
+                if number := next((number for number, value in values if pd.isna(value) is True), None):
+                    problem = f"{self.report.values['dataset_name']}, split {split}, row {number} has no {column}"
+                    self.refuse("dataset_name", f"{problem}, which {reader} needs", "fill it in, or drop the row")
 
     def _how_to_make(self, name: str) -> str:
         """Return the command that makes a prepared folder, or the hint about the Hub."""

@@ -39,6 +39,7 @@ class Request:
     prefix: str | None = None
     limit: int | None = None
     seed: int = 0
+    system_in_user: bool = False
     overwrite: bool = False
 
 
@@ -91,7 +92,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def read_source(request: Request) -> dict:
-    """Read the splits of a source: a Hub id, a folder, or a jsonl, json, csv or parquet file."""
+    """Read the splits of a source: a Hub id, a folder, or a file of rows."""
     from datasets import get_dataset_config_names
 
     from grpo_launcher.data import load_splits
@@ -114,15 +115,15 @@ def process(request: Request) -> None:
     _check(request, spec)
     hub.use_cache_if_unreachable()
     from datasets import Dataset
-    from datasets.exceptions import DatasetsError
     from transformers import AutoTokenizer
 
     try:
         splits, files = spec.load(request) if spec.load else (read_source(request), {})
-    except (OSError, ValueError, DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        fix = "" if Path(request.source or ".").exists() else hub.hint()
-        raise UserError(f"--source {request.source}", first_line(cause), fix) from error
+    except UserError as error:
+        raise UserError(f"--source {error.field}", error.problem, error.fix) from error
+    except (OSError, ValueError) as error:
+        fix = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"--source {request.source}", first_line(error), fix) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(request.tokenizer)
     except (OSError, ValueError) as error:
@@ -202,6 +203,8 @@ def _prepare(split: str, raw, request: Request, tokenizer) -> list[dict]:
             rows.append(spec.to_row(raw_row, **options))
         except SkipRow as cause:
             left_out[str(cause)] += 1
+    if request.system_in_user:
+        rows = [row | {"prompt": _system_in_user(row["prompt"])} for row in rows]
     lengths = count_tokens([row["prompt"] for row in rows], tokenizer)
     long = [index for index, tokens in enumerate(lengths) if tokens > limit]
     if request.too_long == "cut" and long:
@@ -223,6 +226,14 @@ def _prepare(split: str, raw, request: Request, tokenizer) -> list[dict]:
     median, high, longest = numpy.percentile([row["prompt_tokens"] for row in kept], [50, 95, 100])
     print(f"  prompt tokens: median {median:.0f}, 95th percentile {high:.0f}, longest {longest:.0f}")
     return kept
+
+
+def _system_in_user(prompt: str | list[dict]) -> str | list[dict]:
+    """Return a prompt whose system text stands before the user's."""
+    if isinstance(prompt, str) or prompt[0]["role"] != "system":
+        return prompt
+    system, user, *rest = prompt
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def _cut(prompt: str | list[dict], excess: int, tokenizer) -> str | list[dict]:

@@ -1,13 +1,15 @@
-"""Datasets: splits, streams, and prompts counted in tokens."""
+"""Datasets: splits, streams, files that cannot be read, and prompts counted in tokens."""
 
 import json
+import time
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tiny_models import TEMPLATE, make_tokenizer
 
 from grpo_launcher.data import (
-    column_names,
+    check_prompt,
+    column_values,
     count_tokens,
     drop_long_prompts,
     load_for_training,
@@ -15,6 +17,7 @@ from grpo_launcher.data import (
     longest_prompt,
     tokenizer_mark,
 )
+from grpo_launcher.errors import UserError
 
 TEXTS = ["The cat sat.", "The cat sat on the mat and looked at the moon.", "The cat."]
 
@@ -32,17 +35,177 @@ def file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "CSV", "tsv", "parquet"])
 def test_one_file_of_rows_is_the_split_train(suffix, tmp_path):
-    path, rows = tmp_path / f"rows.{suffix}", Dataset.from_dict({"prompt": TEXTS})
-    {"csv": rows.to_csv, "parquet": rows.to_parquet}.get(suffix, rows.to_json)(path)
+    path, rows = tmp_path / f"rows.{suffix}", Dataset.from_dict({"prompt": TEXTS, "mood": ["a, b"] * 3})
+    write = {"csv": rows.to_csv, "tsv": rows.to_csv, "parquet": rows.to_parquet}.get(suffix.lower(), rows.to_json)
+    write(path, **({"sep": "\t"} if suffix == "tsv" else {}))
     splits = load_splits(str(path))
     assert list(splits) == ["train"] and splits["train"]["prompt"][:] == TEXTS
+    assert splits["train"].column_names == ["prompt", "mood"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_save_to_disk_is_read(streaming, tmp_path):
+    """Of one Dataset, which is the split train, or of a DatasetDict; whatever format it was saved in."""
+    rows = Dataset.from_dict({"prompt": TEXTS, "number": [1, 2, 3]})
+    rows.with_format("numpy").save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
+    (split,) = load_splits(str(tmp_path / "one"), streaming=streaming).values()
+    assert [row["prompt"] for row in split] == TEXTS and type(split[0]["number"]) is int
+    splits = load_splits(str(tmp_path / "two"), streaming=streaming)
+    assert {name: len(list(split)) for name, split in splits.items()} == {"train": 3, "test": 1}
+
+
+UNREADABLE = {  # file: content, and words of the message
+    "comma.jsonl": ('{"prompt": "a"}\n\n{"prompt": "b",}\n', "line 3: Expecting property name"),
+    "between.jsonl": ('{"prompt": "a"},\n{"prompt": "b"}\n', "line 1: Extra data"),
+    "cut.jsonl": ('{"prompt": "a"}\n{"prompt": "b"', "line 2: Expecting ',' delimiter"),
+    "big5.jsonl": ('{"prompt": "a"}\n{"prompt": "你好"}\n'.encode("big5"), "line 2: not UTF-8"),
+    "folder/train.jsonl": ('{"prompt": "a"}\n{"prompt": b}\n', "line 2: Expecting value"),
+    "wide.csv": ("prompt,answer\na,1\na,b,c,2\n", "Expected 2 fields in line 3, saw 4"),
+    "shifted.csv": ("prompt,answer\na, b,1\na,2\n", "line 2 has more cells"),
+    "wide.tsv": ("prompt\tanswer\na\tb\t1\n", "line 2 has more cells"),
+    "open.csv": ('prompt,answer\n"a,1\nb,2\n', "EOF inside string"),
+    "excel.csv": ("prompt,answer\n你好,1\n".encode("utf-16"), "line 1: not UTF-8"),
+    "late.csv": ("prompt,answer\n" + "a,1\n" * 10_000 + "b,x\n", "Failed to parse string: 'x'"),
+    "nothing.jsonl": ("", "no rows"),
+    "header.csv": ("prompt,answer\n", "no rows"),
+    "pointer.parquet": ("version https://git-lfs.github.com/spec/v1\n", "not a parquet file"),
+    "rows.xlsx": ("PK", "unknown ending .xlsx"),
+    "rows": ("prompt", "unknown ending"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_told_with_its_line(name, tmp_path):
+    """And without a word of the Hub. A stream says so before the first row, where that is bad."""
+    content, words = UNREADABLE[name]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as refused:
+        load_splits(str(path.parent if "/" in name else path))
+    assert refused.value.field == str(path) and words in refused.value.problem
+    assert "Hub" not in str(refused.value)
+
+
+def test_files_of_a_folder_must_have_the_same_columns(tmp_path):
+    for split, row in {"train": {"prompt": "a"}, "test": {"prompt": "a", "answer": "b"}}.items():
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="column names don't match"):
+        load_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["big5.jsonl", "wide.csv", "nothing.jsonl", "excel.csv"])
+def test_a_stream_that_cannot_be_read_is_refused_at_once(name, tmp_path):
+    content, words = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as refused:
+        load_splits(str(tmp_path / name), streaming=True)
+    assert words in refused.value.problem
+
+
+def message(content, role: str = "user") -> dict:
+    return {"role": role, "content": content}
+
+
+PARTS = [{"type": "text", "text": "The "}, {"type": "text", "text": "cat."}]
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_parts_become_text(streaming, tmp_path):
+    """Of all contents or of some. What holds an image stays, and is refused."""
+    for name, prompts in {
+        "all": [[message(PARTS)]],
+        "some": [[message("Be brief.", "system"), message(PARTS)], [message("The cat.")]],
+        "image": [[message([*PARTS, {"type": "image", "image": "a.png"}])]],
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+        rows = list(load_splits(str(path), streaming=streaming)["train"])
+        if name == "image":
+            with pytest.raises(UserError, match=r"a\.png"):
+                check_prompt(rows[0]["prompt"], True, "row 1")
+        else:
+            assert [row["prompt"][-1]["content"] for row in rows] == ["The cat."] * len(prompts)
+
+
+RIGHT = ["The cat.", [message("The cat.")], [message("a"), CALL, message("b", "tool")]]
+WRONG = {  # prompt, and whether chat messages are wanted
+    "null": (None, False),
+    "null in a chat": (None, True),
+    "no text": ("", False),
+    "no messages": ([], True),
+    "one message": (message("a"), True),
+    "a number": (3, False),
+    "text among chats": ("a", True),
+    "a chat among texts": ([message("a")], False),
+    "ShareGPT": ([{"from": "human", "value": "a"}], True),
+    "ShareGPT in a table": ([{"from": "human", "value": "a", "role": None, "content": None}], True),
+    "no content": ([message("a"), {"role": "user", "text": "a"}], True),
+    "content of null": ([message(None)], True),
+    "content of a number": ([message(3)], True),
+    "no role": ([{"content": "a"}], True),
+    "texts": (["a", "b"], True),
+}
+
+
+def test_prompts_are_text_or_messages():
+    for prompt in RIGHT:
+        check_prompt(prompt, isinstance(prompt, list), "row 1")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_prompt_of_another_form_is_refused(case):
+    prompt, is_chat = WRONG[case]
+    with pytest.raises(UserError, match="row 3: prompt is") as refused:
+        check_prompt(prompt, is_chat, "a.jsonl, split train, row 3")
+    assert refused.value.field == "dataset_name" and "[{role: user, content: text}]" in refused.value.fix
+
+
+def test_many_rows_are_looked_at_in_a_moment():
+    """116,000 chats, as trl-lib/tldr has them, in about half a second. A loop over rows takes nine."""
+    rows = Dataset.from_dict({"prompt": [[message("Be brief.", "system"), message("a")]] * 116_000})
+    start = time.monotonic()
+    for prompt in column_values(rows, "prompt"):
+        check_prompt(prompt, True, "row")
+    assert time.monotonic() - start < 6
+
+
+def test_a_stream_ends_at_the_first_prompt_of_another_form(tmp_path, tokenizer):
+    """Rows before it come through."""
+    prompts = [[message("The cat.")], [{"from": "human", "value": "a"}]]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    rows = iter(drop_long_prompts(load_splits(str(tmp_path / "a.jsonl"), streaming=True)["train"], tokenizer, None))
+    assert next(rows)["prompt"] == prompts[0]
+    with pytest.raises(UserError, match="human"):
+        next(rows)
+
+
+TEMPLATES = {  # what it refuses, and a prompt
+    "no system": ("messages[0].role == 'system'", [message("a", "system"), message("b")]),
+    "turns": ("messages | length > 1 and messages[1].role == 'user'", [message("a"), message("b")]),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_what_a_chat_template_refuses_is_told_in_its_words(case):
+    """With the name of the tokenizer, and the way out for system texts."""
+    condition, prompt = TEMPLATES[case]
+    refuse = f"{{% if {condition} %}}{{{{ raise_exception('Not so!') }}}}{{% endif %}}"
+    tokenizer = make_tokenizer(refuse + TEMPLATE)
+    tokenizer.name_or_path = "owner/strict"
+    assert count_tokens([[message("a")]], tokenizer)[0] > 1
+    with pytest.raises(UserError, match="Not so!") as refused:
+        count_tokens([[message("a")], prompt], tokenizer)
+    assert refused.value.field == "owner/strict" and "--system_in_user" in refused.value.fix
 
 
 def test_what_is_added_to_a_file_is_read_when_the_stream_begins_anew(file):
     rows = load_splits(str(file), streaming=True)["train"]
-    assert column_names(rows) == ["prompt", "mood"] and len(list(rows)) == 3
+    assert rows.column_names == ["prompt", "mood"] and len(list(rows)) == 3
     with open(file, "a", encoding="utf-8") as opened:
         opened.write(json.dumps({"prompt": "new", "mood": "sad"}) + "\n")
     assert [row["mood"] for row in rows] == ["glad", "glad", "glad", "sad"]
@@ -75,7 +238,7 @@ def test_long_prompts_of_a_stream_are_left_out_and_counted(file, tokenizer, caps
     stream = load_splits(str(file), streaming=True)["train"]
     limit = max(count_tokens([TEXTS[0], TEXTS[2]], tokenizer))
     rows = drop_long_prompts(stream, tokenizer, limit)
-    assert [row["prompt"] for row in rows] == [TEXTS[0], TEXTS[2]] and column_names(rows) == ["prompt", "mood"]
+    assert [row["prompt"] for row in rows] == [TEXTS[0], TEXTS[2]] and rows.column_names == ["prompt", "mood"]
     assert f"{count_tokens(TEXTS[1:2], tokenizer)[0]} tokens; {limit} fit" in capsys.readouterr().out
 
 

@@ -75,15 +75,17 @@ def test_help_imports_nothing_heavy():
     assert "--max_prompt_length" in done.stdout and done.stdout.endswith("set()\n"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("form", ["jsonl", "csv", "folder"])
+@pytest.mark.parametrize("form", ["jsonl", "csv", "tsv", "folder", "saved"])
 def test_every_form_of_source_gives_the_same_rows(form, prepare, tmp_path, tokenizer):
     """A file of rows is split; a download of the dataset keeps its splits."""
     rows = [{**POST, "completion": f" Rain {number}."} for number in range(30)]
     source = tmp_path / f"raw.{form}"
     if form == "jsonl":
         write_lines(source, rows)
-    elif form == "csv":
-        Dataset.from_list(rows).to_csv(source)
+    elif form in ("csv", "tsv"):
+        Dataset.from_list(rows).to_csv(source, sep="\t" if form == "tsv" else ",")
+    elif form == "saved":
+        Dataset.from_list(rows).save_to_disk(source)
     else:
         (source / "data").mkdir(parents=True)
         Dataset.from_list(rows[:27]).to_parquet(source / "data/train-00000-of-00001.parquet")
@@ -136,7 +138,9 @@ REFUSED = {
     "the Hub, offline": ("tldr", [], "HF_HUB_OFFLINE"),
     "an unknown tokenizer": ("tldr", ["--source", "raw.jsonl", "--tokenizer", "no/no"], "--tokenizer no/no"),
     "other columns": ("tldr", ["--source", "other.jsonl"], "malformed: prompt must be text"),
-    "a broken file": ("tldr", ["--source", "broken.jsonl"], "--source broken.jsonl"),
+    "a broken file": ("tldr", ["--source", "broken.jsonl"], "--source broken.jsonl: line 1: Expecting property name"),
+    "a sheet": ("tldr", ["--source", "raw.xlsx"], "--source raw.xlsx: unknown ending .xlsx. Fix: give .jsonl"),
+    "prompts in GBK": ("kuakua", ["--source", "gbk.txt"], "Fix: save it as UTF-8"),
     "prompts too long": ("tldr", ["--source", "raw.jsonl", "--max_prompt_length", "3"], "prompt over 3 tokens"),
     "a limit of 0": ("tldr", ["--source", "raw.jsonl", "--limit", "0"], "--limit"),
     "a length of 0": ("tldr", ["--source", "raw.jsonl", "--max_prompt_length", "0"], "--max_prompt_length"),
@@ -159,8 +163,35 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(case, prepare, tmp_path
     write_lines(tmp_path / "raw.jsonl", [POST] * 20)
     write_lines(tmp_path / "other.jsonl", [{"text_": "a"}] * 20)
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", \n' * 3)
+    (tmp_path / "raw.xlsx").touch()
+    (tmp_path / "gbk.txt").write_text("夸夸我的猫", encoding="gbk")
     assert problem in prepare(name, *options, status=2)
     assert not list(tmp_path.glob("data/*")) and not list(tmp_path.glob("data/.*"))
+
+
+STRICT = (  # like Gemma 2's and Mistral's
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+
+
+def test_a_template_without_system_role_gets_the_system_text_before_the_users(prepare, tmp_path):
+    """Where that is asked for. Else it is refused in the template's words."""
+    make_tokenizer(STRICT).save_pretrained(tmp_path / "strict")
+    write_lines(tmp_path / "raw.jsonl", [POST] * 20)
+    options = ["--source", "raw.jsonl", "--tokenizer", "strict"]
+    problem = prepare("tldr", *options, status=2)
+    assert "error: strict: " in problem and "System role not supported" in problem
+    assert "--system_in_user" in problem and not (tmp_path / "data").exists()
+    prepare("tldr", *options, "--system_in_user")
+    (message,) = load_dataset("data/tldr")["train"][0]["prompt"]
+    assert message == {"role": "user", "content": f"{tldr.SYSTEM}\n\nSUBREDDIT: r/a\n\nTITLE: b\n\nPOST: It rained."}
+
+
+def test_plain_text_has_no_system_text_to_move(prepare, tmp_path):
+    write_lines(tmp_path / "raw.jsonl", articles(12))
+    prepare("summarization", "--source", "raw.jsonl", "--prefix", "summarize: ", "--system_in_user")
+    assert load_dataset("data/summarization")["train"][0]["prompt"].startswith("summarize: Article")
 
 
 def test_real_posts(prepare):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from chat_models import PREFIX, SHORT, TOKENS, WHOLE, chat, generated, spoil
+from datasets import Dataset, DatasetDict
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 from tiny_models import TEMPLATE, make_run
@@ -218,8 +219,10 @@ def test_templates_that_differ_are_told(compare):
     ("argv", "words"),
     [
         (["base", "--data", "rows", "--splits", "dev"], "there is no split 'dev', only test"),
-        (["base", "--data", "empty"], "data empty: its split test is empty"),
+        (["base", "--data", "empty"], "data empty: cannot be read: a split has no rows"),
         (["base", "--data", "nowhere"], "data nowhere: cannot be read"),
+        (["base", "--data", "broken.jsonl"], "data broken.jsonl: cannot be read: line 2: Expecting value. Fix: "),
+        (["base", "--data", "rows.txt"], "data rows.txt: cannot be read: unknown ending .txt. Fix: give .jsonl"),
         (["base", "--data", "rows", "--rewards", "rewards.length.lenght_reward"], "did you mean length_reward?"),
         (["base", "--data", "rows", "--rewards", "rewards.choice.choice_reward"], "needs the column answer"),
         (["./none", "./neither", "--data", "rows"], "./neither: there is no such folder"),
@@ -230,6 +233,8 @@ def test_templates_that_differ_are_told(compare):
 def test_what_cannot_be_compared_is_refused_before_weights_are_read(compare, monkeypatch, argv, words):
     """With exit status 2 and one sentence that names it."""
     monkeypatch.setattr(LocalModel, "complete", lambda *_: pytest.fail("a model generates"))
+    Path("broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": }\n')
+    Path("rows.txt").write_text("a")
     status, text, _ = compare(*argv)
     assert status == 2 and words in text and "Traceback" not in text
 
@@ -392,6 +397,14 @@ def test_what_nobody_completed_cannot_be_compared():
     frame = frame_of({"reward": {"base": [1.0, 2.0]}}).assign(error="base: out of memory")
     with pytest.raises(UserError, match="base: out of memory"):
         evaluate.comparable(frame)
+
+
+def test_rows_of_save_to_disk_and_of_tables_are_read():
+    rows = [{"prompt": "a", "reference": "b"}, {"prompt": "c", "reference": "d"}]
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk("saved")
+    Path("rows.tsv").write_text("prompt\treference\na\tb\nc\td\n")
+    assert evaluate.data_rows("saved", ["test"]) == {"test": rows}
+    assert evaluate.data_rows("rows.tsv", ["train"]) == {"train": rows}
 
 
 def test_a_frame_has_a_row_for_each_model_and_prompt():

@@ -1,6 +1,7 @@
 """The preflight: what a recipe would do on some hardware, and everything that is wrong with it."""
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -10,8 +11,9 @@ from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset, DatasetDict
 from helpers import ROOT
-from tiny_models import make_encoder_model, make_model
+from tiny_models import TEMPLATE, make_encoder_model, make_model
 from transformers import BartConfig, Qwen2Config, T5Config
 
 from grpo_launcher.errors import UserError
@@ -22,6 +24,8 @@ from grpo_launcher.preflight_runner import Report, run_preflight
 SYSTEM = "Answer in one sentence."
 STREAM = "--dataset_streaming true --reward_funcs rewards.length.length_reward"
 SFT = "--method sft"
+LENGTH = "--reward_funcs rewards.length.length_reward"
+ROUGE = "--reward_funcs rewards.rouge.rouge_reward"
 BART = "--model_name_or_path bart --dataset_name plain --max_completion_length 40"
 TOOL = '''
 print("noise of a module")
@@ -39,6 +43,10 @@ def weather(city: str) -> str:
 def mine(completions, **columns):
     print("noise of a function")
     return [0.0] * len(completions)
+
+
+def scored(completions, score, answers=None, **columns):
+    return score
 '''
 
 
@@ -52,6 +60,8 @@ def home(tmp_path_factory):
     """A folder with small models and datasets."""
     folder = tmp_path_factory.mktemp("preflight")
     make_model(folder / "model", seed=0)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    make_model(folder / "no-system", seed=0, template=refusal + TEMPLATE)
     make_encoder_model(folder / "bart", "bart", positions=64)
     for name, config in {
         "small-t5": T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, decoder_start_token_id=0),
@@ -76,6 +86,23 @@ def home(tmp_path_factory):
             rows = [make(number) for number in range(7 if name == "seven" else count)]
             (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "empty.csv").write_text("prompt\n")
+    (folder / "comma.jsonl").write_text('{"prompt": "a"},\n' * 64)
+    chats = [{"prompt": chat(number), "reference": "It sat."} for number in range(64)]
+    for name, rows in {
+        "sharegpt": [{"prompt": [{"from": "human", "value": "a"}]}] * 64,
+        "null": [*chats, {"prompt": None}],
+        "mixed": [*chats, {"prompt": "The cat."}],
+        "keyword": [row | {"completions": "a", "trainer_state": "b"} for row in chats],
+        "no-gold": [*chats, {"prompt": chat(64), "reference": None}],
+        "parts": [{"prompt": [{"role": "user", "content": [{"type": "text", "text": "The cat."}]}]}] * 64,
+    }.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Dataset.from_dict({"prompt": ["The cat."] * 64, "score": [*[1.0] * 63, math.nan]}).save_to_disk(folder / "saved")
+    rows = Dataset.from_list(chats)
+    DatasetDict(train=rows, test=rows.select([])).save_to_disk(folder / "no-test")
+    (folder / "late").mkdir()
+    for split, rows in {"train": chats, "test": [*chats[:2], {"prompt": [], "reference": "a"}]}.items():
+        (folder / f"late/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "tools.py").write_text(TOOL)
     return folder
 
@@ -223,6 +250,34 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
     "reporter": ("tldr_rouge", 4, "--report_to wandb", "recipe", "wandb"),
     "guard": ("tldr_rouge", 4, "--guards '{\"kll\": null}'", "guards", "did you mean kl?"),
     "no prompts": ("tldr_lora", 2, "--dataset_name texts", "dataset_name", "rename one of text"),
+    "ShareGPT": (None, 0, f"{LENGTH} --dataset_name sharegpt.jsonl", "dataset_name", "row 1: prompt is [{'from'"),
+    "a prompt of null": (None, 0, f"{LENGTH} --dataset_name null.jsonl", "dataset_name", "split train, row 65"),
+    "texts and chats": (None, 0, f"{LENGTH} --dataset_name mixed.jsonl", "dataset_name", "row 65: prompt is 'The"),
+    "a row of the test split": ("tldr_rouge", 4, "--dataset_name late", "dataset_name", "late, split test, row 3"),
+    "ShareGPT in a stream": (
+        None,
+        4,
+        f"{STREAM} --max_steps 2 --vllm_max_model_length 600 --dataset_name sharegpt.jsonl",
+        "dataset_name",
+        "row 1: prompt is",
+    ),
+    "a null that a reward reads": (
+        None,
+        0,
+        f"{ROUGE} --dataset_name no-gold.jsonl",
+        "dataset_name",
+        "row 65 has no ref",
+    ),
+    "NaN": (None, 0, "--reward_funcs tools.py:scored --dataset_name saved", "dataset_name", "row 64 has no score"),
+    "a null in SFT": (None, 1, f"{SFT} --dataset_name no-gold.jsonl", "dataset_name", "row 65 has no reference"),
+    "a template without system": (None, 0, f"{LENGTH} --model_name_or_path no-system", "no-system", "System role not"),
+    "such a template and a stream": (
+        "tldr_stream",
+        4,
+        "--model_name_or_path no-system",
+        "no-system",
+        "process_dataset.py --system_in_user",
+    ),
     "no split": (
         "tldr_rouge",
         4,
@@ -276,6 +331,21 @@ def test_a_recipe_that_cannot_run_is_refused(recipe, gpus, flags, field, message
     assert problem.startswith(f"{field}: ") and message in problem and report.missing == []
 
 
+def test_columns_of_the_names_that_trl_passes_are_refused(check):
+    """All of them. SFT has no rewards, and goes on."""
+    problems = check(None, 0, *f"{LENGTH} --dataset_name keyword.jsonl".split()).problems
+    assert all(problem.startswith("dataset_name: keyword.jsonl has a column ") for problem in problems)
+    assert sorted(problem.split()[5] for problem in problems) == ["completions,", "trainer_state,"]
+    assert check(None, 1, *f"{SFT} --dataset_name keyword.jsonl".split()).problems == []
+
+
+@pytest.mark.parametrize("name", ["parts.jsonl", "no-gold.jsonl", "saved"])
+def test_what_no_reward_of_the_run_reads_may_be_null(name, check):
+    """Text parts are fine too."""
+    report = check(None, 0, *f"{LENGTH} --dataset_name {name}".split())
+    assert report.problems == report.missing == [] and report.data.rows >= 64 and report.data.longest_prompt > 2
+
+
 def test_a_server_on_several_gpus_must_divide_the_heads(check):
     (problem,) = check("tldr_length", 8, vllm_gpus=3).problems
     assert problem.startswith("--vllm_gpus:") and "use one of 1, 2" in problem
@@ -287,6 +357,12 @@ def test_a_server_on_several_gpus_must_divide_the_heads(check):
         "dataset": ("--dataset_name data/tldr", "dataset_name", "process_dataset.py tldr"),
         "prepared data": ("--dataset_name data/quickstart", "dataset_name", "-m grpo_launcher.quickstart"),
         "empty file": ("--dataset_name empty.csv", "dataset_name", "empty.csv cannot be read"),
+        "empty split": ("--dataset_name no-test", "dataset_name", "no-test cannot be read: a split has no rows"),
+        "broken file": (
+            "--dataset_name comma.jsonl",
+            "dataset_name",
+            "comma.jsonl cannot be read: line 1: Extra data",
+        ),
         "model": ("--model_name_or_path data/nothing", "model_name_or_path", "data/nothing cannot be read"),
         "adapter": ("--model_name_or_path adapter", "model_name_or_path", "-m grpo_launcher.merge adapter"),
     }.values(),
