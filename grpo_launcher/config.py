@@ -249,7 +249,7 @@ def load_config(argv: list[str]) -> Config:
         position = argv.index("--config")
         if position + 1 == len(argv):
             parser.error("--config needs the path of a recipe")
-        path = argv[position + 1]
+        path = os.path.expanduser(argv[position + 1])
         del argv[position : position + 2]
         content = parser.read_yaml(path)
         folders.append(Path(path).resolve().parent)

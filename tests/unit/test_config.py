@@ -181,6 +181,8 @@ def test_the_home_folder_stands_in_any_path(read, tmp_path, monkeypatch):
     """In YAML, in a flag, and inside of options. Other texts keep their ~."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").touch()
+    (tmp_path / "other.yaml").write_text("beta: 0.5")
+    assert load_config(["--config", "~/other.yaml", *MODEL_AND_DATA]).values["beta"] == 0.5
     text = "output_dir: ~/runs/a\nreward_funcs: [~/mine.py:f]\ntool_kwargs: {search: {corpus: ~/c.jsonl, k: 2}}\n"
     flags = ["--model_name_or_path=~/model", "--dataset_name", "~/rows.jsonl"]
     flags += ["--reward_kwargs", '{"f": {"template": "~/t.txt", "mark": "~"}}']
