@@ -57,8 +57,8 @@ def use_cache_if_unreachable(timeout: float = 3) -> None:
 
 def hint() -> str:
     """Return what to do where something of the Hub was not found."""
-    if not urlsplit(endpoint()).netloc:
-        return f"write HF_ENDPOINT=https://{endpoint()}, as without https:// it is no address"
+    if not re.match(r"https?://[^/]", endpoint()):
+        return f"HF_ENDPOINT is {endpoint()!r} and no address: write https://HOST"
     mirror = "HF_ENDPOINT names a mirror"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
         reason = f"{endpoint()} does not answer, or HF_HUB_OFFLINE is set"
