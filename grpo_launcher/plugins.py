@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import math
@@ -16,7 +17,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -63,7 +63,9 @@ def _load_file(file: str, field: str) -> ModuleType:
     except BaseException as error:
         del sys.modules[name]
         wanted = str(getattr(error, "name", "")).partition(".")[0]
-        beside = isinstance(error, ImportError) and PathFinder.find_spec(wanted, [str(path.parent)])
+        beside = isinstance(error, ImportError) and importlib.machinery.PathFinder.find_spec(
+            wanted, [str(path.parent)]
+        )
         if beside and wanted in sys.modules and sys.modules[wanted].__spec__.origin != beside.origin:
             problem = f"{path} imports {wanted}, and an installed module of that name hides the one beside it"
             raise UserError(field, problem, f"give {wanted} another name") from error
