@@ -63,10 +63,9 @@ def _load_file(file: str, field: str) -> ModuleType:
     except BaseException as error:
         del sys.modules[name]
         wanted = str(getattr(error, "name", "")).partition(".")[0]
-        beside = isinstance(error, ImportError) and importlib.machinery.PathFinder.find_spec(
-            wanted, [str(path.parent)]
-        )
-        if beside and wanted in sys.modules and sys.modules[wanted].__spec__.origin != beside.origin:
+        beside = importlib.machinery.PathFinder.find_spec(wanted, [str(path.parent)])
+        is_hidden = beside and wanted in sys.modules and sys.modules[wanted].__spec__.origin != beside.origin
+        if isinstance(error, ImportError) and is_hidden:
             problem = f"{path} imports {wanted}, and an installed module of that name hides the one beside it"
             raise UserError(field, problem, f"give {wanted} another name") from error
         raise

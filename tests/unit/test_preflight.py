@@ -42,11 +42,6 @@ def weather(city: str) -> str:
     return "rain"
 
 
-def mine(completions, **columns):
-    print("noise of a function")
-    return [0.0] * len(completions)
-
-
 class Game:
     def __init__(self, level):
         pass
@@ -61,6 +56,11 @@ class Game:
 
 
 easy = functools.partial(Game, level=1)
+
+
+def mine(completions, **columns):
+    print("noise of a function")
+    return [0.0] * len(completions)
 '''
 
 
