@@ -196,7 +196,7 @@ class _Parser(TrlParser):
         """Refuse all unknown fields at once. names: of the fields, and how each is shown."""
         problems = []
         for name, shown in names.items():
-            fix = OLD_FIELDS.get(name) or did_you_mean(name, self.known)
+            fix = OLD_FIELDS.get(name) or did_you_mean(name, self.known) or "python train.py --help lists them all"
             fix = f"it is called {fix}" if fix in self.known else fix
             problems.append(UserError(shown, "unknown field", fix))
         _refuse_all(source, problems)

@@ -40,7 +40,7 @@ REFUSED = {  # text of the recipe, field, and a part of the fix or of the proble
     "number for the options of a reward": ("reward_kwargs: {f: 100}", "reward_kwargs: f", "a mapping is wanted"),
     "empty number": ("learning_rate:", "mine.yaml: learning_rate", "for its default"),
     "empty list": ("reward_funcs: null", "mine.yaml: reward_funcs", "for its default"),
-    "number as a field": ("1: 2", "mine.yaml: 1", "unknown field"),
+    "number as a field": ("1: 2", "mine.yaml: 1", "train.py --help"),
     "list as a field": ("[beta]: 0.1", "mine.yaml", "not valid YAML"),
     "tab": ("guards:\n\tkl: null", "mine.yaml", "line 2"),
     "date that is none": ("run_name: 2024-02-31", "mine.yaml", "not valid YAML"),
