@@ -1,6 +1,16 @@
 """GRPO from a reward idea to compared checkpoints: TRL's GRPOTrainer under ZeRO-3 beside a vLLM server."""
 
-import logging
+import sys
 
+# `python -m` looks in the working directory first, where a file queue.py would replace Python's.
+is_started = sys.argv[:1] == ["-m"] and any(word.startswith("grpo_launcher.") for word in sys.orig_argv)
+if is_started and not sys.flags.safe_path and not __file__.startswith(f"{sys.path[0]}/grpo_launcher/"):
+    del sys.path[0]
+
+import logging  # noqa: E402
+
+from grpo_launcher.hub import bypass_proxies  # noqa: E402
+
+bypass_proxies()
 # At every import it tells that faster 4-bit kernels for the CPU are not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from transformers import Seq2SeqTrainingArguments
@@ -19,6 +19,7 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from grpo_launcher.errors import UserError, did_you_mean
 from grpo_launcher.merge import merged_path
+from grpo_launcher.runs import expand_home
 
 # Fields that TRL keeps as free text and reads only after the model is loaded.
 CHOICES = {
@@ -40,6 +41,35 @@ DEFAULTS = {
     "hub_strategy": "end",  # only the final checkpoint is pushed
 }
 MAPPINGS = ("reward_kwargs", "tool_kwargs", "guards")  # a flag gives them as JSON
+# Numbers that would end a run, or keep it from learning, only when they are used. The key says which ones work.
+RANGES = {
+    "at least 1": (lambda n: n >= 1, [
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_generations",
+        "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations", "eval_rows",
+        "max_completion_length", "vllm_max_model_length", "vllm_tensor_parallel_size", "ref_model_sync_steps"]),
+    "more than 0": (lambda n: n > 0, [
+        "temperature", "repetition_penalty", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"]),
+    "at least 0": (lambda n: n >= 0, [
+        "learning_rate", "beta", "epsilon", "epsilon_high", "weight_decay", "max_grad_norm", "warmup_steps",
+        "sample_every", "max_tool_calling_iterations", "vllm_server_timeout"]),
+    "more than 0 and at most 1": (lambda n: 0 < n <= 1, ["top_p", "vllm_gpu_memory_utilization"]),
+    "from 0 to 1": (lambda n: 0 <= n <= 1, ["min_p", "top_entropy_quantile", "lora_dropout"]),
+    "from 1 to 65535": (lambda n: 1 <= n <= 65535, ["vllm_server_port", "vllm_group_port"]),
+    "from 0 to 4294967295": (lambda n: 0 <= n < 2**32, ["seed"]),
+    "at least 1, or -1 for whole epochs": (lambda n: n >= 1 or n == -1, ["max_steps"]),
+}  # fmt: skip
+# Fields of older versions and of other trainers that have another name today, or none.
+OLD_FIELDS = {
+    "torch_dtype": "dtype", "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu", "kl_coef": "beta",
+    "vllm_guided_decoding_regex": "vllm_structured_outputs_regex", "group_by_length": "train_sampling_strategy",
+    "max_new_tokens": "max_completion_length", "hub_model_revision": "hub_revision", "lr": "learning_rate",
+    "warmup_ratio": "write warmup_steps: a number under 1 is a share of all steps",
+    "max_prompt_length": "use process_dataset.py --max_prompt_length, or vllm_max_model_length for all tokens",
+    "system_prompt": "write it into the prompts, as a message of the role system",
+    "wandb_project": "write report_to: wandb, and set WANDB_PROJECT in the environment",
+    "overwrite_output_dir": "leave it out: each run gets a new folder",
+    **dict.fromkeys(["vllm_device", "num_processes", "mixed_precision"], "leave it out: the launcher decides it"),
+}  # fmt: skip
 PLUGIN_FIELDS = ("reward_funcs", "tools", "environment_factory")
 
 
@@ -60,10 +90,7 @@ class Recipe(ScriptArguments):
     )
     reward_funcs: list[str] = field(
         default_factory=list,
-        **_help(
-            "Rewards: my_reward.py:function (relative to the recipe or the working directory), module.function "
-            "of an installed package (rewards.length.length_reward), or the Hub id or folder of a reward model."
-        ),
+        **_help("Rewards: my_reward.py:function, package.module.function, or the Hub id or folder of a reward model."),
     )
     reward_kwargs: dict | str | None = field(
         default=None, **_help("Options of the rewards, by function name: {length_reward: {target: 200}}.")
@@ -75,36 +102,22 @@ class Recipe(ScriptArguments):
         default=None, **_help("Settings of the tools, by function name. The model does not see them.")
     )
     environment_factory: str | None = field(
-        default=None,
-        **_help(
-            "Class, named like a reward: reset(**row) begins a rollout, public methods are tools, get_reward() may "
-            "rate it."
-        ),
+        default=None, **_help("Class, named like a reward: reset(**row), tools as public methods, and get_reward().")
     )
     guards: dict | str | None = field(
-        default=None,
-        **_help("Ranges of metrics: {kl: {max: 0.5, steps: 3}, entropy: null}. See docs/rewards.md."),
+        default=None, **_help("Ranges of metrics: {kl: {max: 0.5, steps: 3}, entropy: null}. See docs/rewards.md.")
     )
     eval_rows: int | None = field(
         default=None, **_help("Number of test prompts in an evaluation: the first of the split. Default: all.")
     )
     prepare: str | None = field(
-        default=None,
-        **_help("Module that makes what the recipe needs. The launcher runs it with python -m before the run."),
+        default=None, **_help("Module that makes what the recipe needs. The launcher runs it with python -m.")
     )
     parallel: Literal["zero3", "ddp"] | None = field(
-        default=None,
-        **_help(
-            "How ranks share the work: zero3 (zero3.yaml) or ddp (ddp.yaml). Default: zero3; ddp for quantised "
-            "weights."
-        ),
+        default=None, **_help("How ranks share the work: zero3 (default), or ddp (default for quantised weights).")
     )
     weight_sync: Literal["nccl", "disk"] | None = field(
-        default=None,
-        **_help(
-            "How the vLLM server gets new weights: over NCCL, or as a file in shared memory (disk). Default: nccl "
-            "with GPUs, else disk."
-        ),
+        default=None, **_help("How the server gets new weights: nccl (default with GPUs), or disk, by shared memory.")
     )
     vllm_server_args: list[str] | None = field(
         default=None, **_help("More arguments of the vLLM server, passed through as they are: ['--max-num-seqs=64'].")
@@ -133,18 +146,13 @@ class Config:
     given: list[str]
     name: str
 
-    @property
-    def recipe(self) -> Recipe:
-        """The fields of this project."""
-        return build(Recipe, self.values)
-
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice. The stock loader keeps the last one in silence."""
 
     def construct_mapping(self, node, deep=False):
         lines = {}
-        for key, _ in node.value:
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise UserError(
@@ -161,6 +169,7 @@ class _Parser(TrlParser):
         super().__init__((Recipe, GRPOConfig, ModelConfig), prog="train.py", allow_abbrev=False)
         self.description = "Train a recipe: python train.py --config configs/NAME.yaml [--key value ...]"
         self.known = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
+        self.types = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def error(self, message):
         message = message.rstrip(".")
@@ -168,27 +177,44 @@ class _Parser(TrlParser):
 
     def read_yaml(self, path: str) -> dict:
         try:
-            with open(path, encoding="utf-8") as file:
-                content = yaml.load(file, Loader=_UniqueKeyLoader)
+            with open(path, encoding="utf-8-sig") as file:
+                loader = _UniqueKeyLoader(file)
+                node = loader.get_single_node()
+                content = node and loader.construct_document(node)
         except OSError as error:
             raise UserError(path, error.strerror) from None
-        except yaml.YAMLError as error:
-            raise UserError(path, f"not valid YAML: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: another encoding, or a date that is none
+            problem = f"not valid YAML in UTF-8: {' '.join(str(error).split())}"
+            raise UserError(path, problem, "save it as UTF-8, write `name: value`, and indent by spaces") from None
         if not isinstance(content, dict):
             raise UserError(path, "not a mapping", "write one `name: value` a line")
-        for name in content:
-            if name not in self.known:
-                raise UserError(f"{path}: {name}", "unknown field", did_you_mean(str(name), self.known))
-        return {name: self._cast(path, name, value) for name, value in content.items()}
+        self.refuse_unknown(path, {name: f"{path}: {name}" for name in content if name not in self.known})
+        texts = {key.value: value.value for key, value in node.value if isinstance(value, yaml.ScalarNode)}
+        return {name: self._cast(path, name, value, texts.get(name)) for name, value in content.items()}
 
-    def _cast(self, path: str, name: str, value):
-        """Read a YAML value as the command line would, so that both refuse the same."""
+    def refuse_unknown(self, source: str, names: dict[str, str]) -> None:
+        """Refuse all unknown fields at once. names: of the fields, and how each is shown."""
+        problems = []
+        for name, shown in names.items():
+            fix = OLD_FIELDS.get(name) or did_you_mean(name, self.known) or "python train.py --help lists them all"
+            fix = f"it is called {fix}" if fix in self.known else fix
+            problems.append(UserError(shown, "unknown field", fix))
+        _refuse_all(source, problems)
+
+    def _cast(self, path: str, name: str, value, text: str | None):
+        """Read a YAML value as the command line would, so that both refuse the same. text: as it is written."""
         action = self.known[name]
         is_list_field = action.nargs == "+"
-        if value is None or (action.type is str and isinstance(value, dict | list) and not is_list_field):
+        kinds = {getattr(hint, "__origin__", hint) for hint in get_args(self.types[name]) or [self.types[name]]}
+        if value is None and type(None) not in kinds:
+            raise UserError(f"{path}: {name}", "empty", "give a value, or leave the field out for its default")
+        if value is None or (type(value) in kinds & {dict, list} and not is_list_field):
             return value
         if isinstance(value, dict) or (isinstance(value, list) and not is_list_field):
-            raise UserError(f"{path}: {name}", f"one value is wanted, not {value!r}")
+            wanted = "a mapping" if dict in kinds else "one value"
+            raise UserError(f"{path}: {name}", f"{wanted} is wanted, not {value!r}")
+        if text is not None and not kinds & {bool, int, float}:
+            value = "no" if value is False and "no" in (action.choices or []) else text  # YAML reads 1.10 as 1.1
         try:
             if is_list_field:
                 return [self._get_value(action, str(item)) for item in (value if isinstance(value, list) else [value])]
@@ -197,6 +223,14 @@ class _Parser(TrlParser):
             return value
         except argparse.ArgumentError as error:
             raise UserError(f"{path}: {name}", f"{value!r}: {error.message}") from None
+
+
+def _refuse_all(source: str, problems: list[UserError]) -> None:
+    """Raise everything that is wrong as one error."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UserError(source, "\n  ".join([f"{len(problems)} fields are wrong", *map(str, problems)]))
 
 
 def load_config(argv: list[str]) -> Config:
@@ -215,7 +249,7 @@ def load_config(argv: list[str]) -> Config:
         position = argv.index("--config")
         if position + 1 == len(argv):
             parser.error("--config needs the path of a recipe")
-        path = argv[position + 1]
+        path = os.path.expanduser(argv[position + 1])
         del argv[position : position + 2]
         content = parser.read_yaml(path)
         folders.append(Path(path).resolve().parent)
@@ -226,9 +260,8 @@ def load_config(argv: list[str]) -> Config:
     if namespace.method == "sft":
         parser.set_defaults_with_config(**_sft_defaults() | DEFAULTS | content)
         namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        raise UserError(name, "unknown flag", did_you_mean(name.lstrip("-").replace("-", "_"), parser.known))
+    flags = [token.split("=")[0] for token in unknown if token.startswith("--")] or unknown
+    parser.refuse_unknown("flags", {flag.lstrip("-").replace("-", "_"): flag for flag in flags})
 
     values = {name: plain(value) for name, value in vars(namespace).items()}
     _resolve_plugins(values, folders)
@@ -236,11 +269,15 @@ def load_config(argv: list[str]) -> Config:
     values["scale_rewards"] = switch.get(str(values["scale_rewards"]).lower(), values["scale_rewards"])
     for name in MAPPINGS:
         values[name] = _as_mapping(name, values[name])
+    for name in ("reward_kwargs", "tool_kwargs"):
+        for function, options in (values[name] or {}).items():
+            values[name][function] = _as_mapping(f"{name}: {function}", options) or {}
+    values = expand_home(values)
     for name, allowed in (CHOICES | ({"loss_type": SFT_LOSSES} if namespace.method == "sft" else {})).items():
         if values[name] not in allowed:
-            choices = [choice for choice in allowed if isinstance(choice, str)]
-            raise UserError(name, f"unknown value {values[name]!r}", did_you_mean(str(values[name]), choices))
+            raise UserError(name, f"unknown value {values[name]!r}", did_you_mean(str(values[name]), allowed))
     _require(values)
+    _check_ranges(values)
     values["model_name_or_path"] = merged_path(values["model_name_or_path"])
     flags = {token.split("=")[0].lstrip("-").replace("-", "_") for token in argv if token.startswith("--")}
     flags = {name if name in parser.known else name.removeprefix("no_") for name in flags}
@@ -255,6 +292,16 @@ def _require(values: dict) -> None:
         raise UserError("dataset_name", "missing", "give a prepared folder (data/tldr), a file of rows or a Hub id")
     if values["push_to_hub"] and not values["hub_model_id"]:
         raise UserError("push_to_hub", "hub_model_id is missing", "give it, for example you/short-summaries")
+
+
+def _check_ranges(values: dict) -> None:
+    problems = []
+    for wanted, (works, names) in RANGES.items():
+        for name in names:
+            is_used = values.get(f"{name.removesuffix('_steps')}_strategy", "steps") == "steps"
+            if is_used and values[name] is not None and not works(values[name]):
+                problems.append(UserError(name, f"{values[name]} is out of range", f"give a number that is {wanted}"))
+    _refuse_all("recipe", problems)
 
 
 def _resolve_plugins(values: dict, folders: list[Path]) -> None:
@@ -337,6 +384,8 @@ def _sft_defaults() -> dict:
 
 def plain(value):
     """Return a value as YAML and JSON can hold it."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return value.value if isinstance(value, enum.Enum) else value
 
 

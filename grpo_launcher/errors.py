@@ -33,7 +33,7 @@ class UserError(Exception):
 
 def closest_match(name: str, known: Iterable[str]) -> str:
     """Return the known name that is most like `name`, or "" where none is."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
     return matches[0] if matches else ""
 
 

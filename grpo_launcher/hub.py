@@ -6,9 +6,25 @@ Standard library only: it is called before anything of Hugging Face is imported.
 import os
 import re
 import socket
+import sys
 import threading
 from contextlib import suppress
+from importlib.util import find_spec
 from urllib.parse import urlsplit
+
+
+def bypass_proxies() -> None:
+    """Ask servers on this machine without a proxy, in this process and in those that it starts."""
+    hosts = os.environ.get("no_proxy", os.environ.get("NO_PROXY", "")).replace(" ", "").split(",")
+    if hosts != ["*"]:  # all hosts, where it stands alone
+        hosts = dict.fromkeys([*hosts, "127.0.0.1", "localhost", "::1", "0.0.0.0"])  # noqa: S104  # nothing listens here
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, hosts))
+    schemes = "https?|socks5h?" if find_spec("socksio") else "https?"
+    proxy = re.compile(rf"((({schemes})://)?([^@/]*@)?([\w.-]+|\[[\da-f:]+\])(:\d{{1,5}})?/?)?", re.IGNORECASE)
+    for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+        if not proxy.fullmatch(os.environ[name].strip()):  # with such a one httpx could not even ask 127.0.0.1
+            print(f"Warning: {name} is not used: no http://HOST:PORT (socks5:// needs socksio).", file=sys.stderr)
+            del os.environ[name]
 
 
 def endpoint() -> str:

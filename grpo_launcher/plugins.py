@@ -4,13 +4,16 @@ A name is `file.py:function` for a user's own code, or `package.module.function`
 loaded under a private module name, so that it neither hides an installed module of its name nor is hidden by one.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
@@ -18,19 +21,10 @@ from types import ModuleType
 
 from grpo_launcher.errors import UserError, did_you_mean, first_line
 
-OWN_CODE = "write file.py:function for a file of your own, or package.module.function for an installed package"
 # Columns of a row that TRL keeps from every reward.
 DROPPED_COLUMNS = {"prompt", "completion", "completion_ids"}
 # Keywords that TRL passes to every reward beside the columns.
-TRL_KEYWORDS = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
-}
+TRL_KEYWORDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 
 
 def load_object(name: str, field: str):
@@ -40,11 +34,10 @@ def load_object(name: str, field: str):
         UserError: there is no such file, module or object. An error inside the user's file passes through.
     """
     file, colon, attribute = name.rpartition(":")
-    if colon:
-        module = _load_file(file, field)
-    else:
-        module_name, _, attribute = name.rpartition(".")
-        module = _import_module(module_name, name, field)
+    if not colon:
+        file, _, attribute = name.rpartition(".")
+    with contextlib.chdir("."):  # whatever the module does
+        module = _load_file(file, field) if colon else _import_module(file, name, field)
     found = getattr(module, attribute, None)
     if not callable(found):
         known = [known for known in vars(module) if not known.startswith("_")]
@@ -66,23 +59,30 @@ def _load_file(file: str, field: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        wanted = str(getattr(error, "name", "")).partition(".")[0]
+        beside = importlib.machinery.PathFinder.find_spec(wanted, [str(path.parent)])
+        is_hidden = beside and wanted in sys.modules and sys.modules[wanted].__spec__.origin != beside.origin
+        if isinstance(error, ImportError) and is_hidden:
+            problem = f"{path} imports {wanted}, and an installed module of that name hides the one beside it"
+            raise UserError(field, problem, f"give {wanted} another name") from error
         raise
     return module
 
 
 def _import_module(module_name: str, name: str, field: str) -> ModuleType:
     if not module_name:
-        raise UserError(
-            field, f"{name} is no function of a module", "write package.module.function, or file.py:function"
-        )
+        fix = "write package.module.function, as trl.rewards.accuracy_reward, or file.py:function"
+        raise UserError(field, f"{name} is no function of a module", fix)
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it imports is not
-        raise UserError(field, f"{name}: no module {module_name} is installed", OWN_CODE) from None
+        own = f"{module_name.replace('.', '/')}.py:{name.rpartition('.')[2]}"
+        fix = f"write file.py:function for a file of your own, here {own}"
+        raise UserError(field, f"{name}: no module {module_name} is installed", fix) from None
 
 
 def load_rewards(
@@ -145,8 +145,12 @@ def _bind_reward(name: str, options: dict, columns: list[str] | None) -> Callabl
     if is_reward_model(name):
         return name
     function = load_object(name, "reward_funcs")
-    if not hasattr(function, "__name__"):
-        raise UserError("reward_funcs", f"{name} is no function", "write `def name(completions, **kwargs)`")
+    if not hasattr(function, "__name__"):  # a partial, or an object with __call__, which may be async
+        loaded = function
+        function = functools.partial(loaded if isinstance(loaded, functools.partial) else loaded.__call__)
+        function.__name__ = re.split("[.:]", name)[-1]
+        if hasattr(loaded, "ready"):
+            function.ready = loaded.ready
     parameters = inspect.signature(function).parameters.values()
     settable = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
     given = options.pop(function.__name__, {})
@@ -238,7 +242,7 @@ def _bind_tool(name: str, settings: dict, tokenizer) -> Callable:
     if parameters and all(p.kind is p.KEYWORD_ONLY for p in parameters):
         defaults = {p.name: p.default for p in parameters}
         tool = _make_tool(name, tool, defaults, settings.pop(tool.__name__, {}), tokenizer)
-    elif tool.__name__ in settings:
+    elif getattr(tool, "__name__", None) in settings:
         raise UserError("tool_kwargs", f"{name} has no settings", "leave it out: the model fills in all parameters")
     _check_schema("tools", name, tool)
     return tool
@@ -265,6 +269,8 @@ def _make_tool(name: str, factory: Callable, defaults: dict, given: dict, tokeni
 def _check_schema(field: str, name: str, tool: Callable) -> None:
     from transformers.utils import DocstringParsingException, TypeHintParsingException, get_json_schema
 
+    if not hasattr(tool, "__name__"):  # a partial, or an object with __call__
+        raise UserError(field, f"{name} is no function", "write `def`, with type hints and a Google-style docstring")
     try:
         get_json_schema(tool)
     except (DocstringParsingException, TypeHintParsingException, ValueError) as error:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from transformers import AutoConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig, get_peft_config
 
-from grpo_launcher import hub, plugins, seq2seq
+from grpo_launcher import hub, plugins, runs, seq2seq
 from grpo_launcher.callbacks import guard_limits
 from grpo_launcher.config import arguments_class, build, grpo_only_fields, load_config
 from grpo_launcher.data import check_prompt, column_values, load_splits, load_tokenizer, longest_prompt
@@ -49,6 +50,7 @@ def preflight(argv: list[str], hardware: Hardware, options: Options) -> Report:
         report.problems.append(str(error))
         return report
     report.name, report.values, report.given = config.name, config.values, config.given
+    check.folders()
     check.model()
     check.layout()
     check.combinations()
@@ -72,6 +74,16 @@ class _Check:
 
     def collect(self, errors: list[UserError]) -> None:
         self.report.problems += [str(error) for error in errors]
+
+    def folders(self) -> None:
+        """Try to write where a run will: a temporary folder is made in what is there already."""
+        output = self.report.values["output_dir"] or runs.ROOT / self.report.name
+        for name, folder in {"output_dir": output, "HF_HOME": datasets.config.HF_DATASETS_CACHE}.items():
+            path = Path(folder).absolute()
+            try:
+                os.rmdir(tempfile.mkdtemp(prefix=".grpo-", dir=next(filter(os.path.lexists, (path, *path.parents)))))
+            except OSError as error:
+                self.refuse(name, f"{folder} cannot be made or written: {error.strerror}", "name another folder")
 
     def model(self) -> None:
         """Read config and tokenizer of the model, and count its parameters without loading them."""
@@ -174,7 +186,7 @@ class _Check:
                 tools = plugins.load_tools(values["tools"], values["tool_kwargs"], self.tokenizer)
                 environment, tools = plugins.load_environment(values["environment_factory"], tools, has_rewards)
                 template_options = template_options | plugins.chat_template_options(tools, self.tokenizer)
-                environment_rewards = [environment.__name__] if environment else []
+                environment_rewards = [type(environment()).__name__] if environment else []
             except UserError as error:
                 self.report.problems.append(str(error))
         self._data(template_options)
@@ -377,10 +389,8 @@ class _Check:
             fix = f"per_device_train_batch_size: {_nearest_sizes(size, ranks * rounds, group)}"
             self.refuse("per_device_train_batch_size", message, f"{fix}, or another num_generations")
         elif "eval batch size" in message:
-            size, group = (
-                values["per_device_eval_batch_size"],
-                values["num_generations_eval"] or values["num_generations"],
-            )
+            size = values["per_device_eval_batch_size"]
+            group = values["num_generations_eval"] or values["num_generations"]
             fix = f"per_device_eval_batch_size: {_nearest_sizes(size, ranks, group)}"
             self.refuse("per_device_eval_batch_size", message, f"{fix}, or another num_generations_eval")
         else:
@@ -477,7 +487,7 @@ def main() -> None:
     except UserError as error:
         report = Report(problems=[str(error)])
     with answer:
-        json.dump(asdict(report), answer, ensure_ascii=False)
+        json.dump(asdict(report), answer)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,25 +84,39 @@ def new_run(recipe_name: str) -> Path:
     """Make the next trainOutput/RECIPE/N, N counting up from 1, and let `latest` point at it."""
     parent = ROOT / recipe_name
     parent.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0) + 1
-    folder = parent / str(number)
-    folder.mkdir()
-    point(parent / "latest", folder)
-    return folder
+    while True:
+        number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0) + 1
+        folder = parent / str(number)
+        with suppress(FileExistsError):  # another launch made it in the same moment
+            folder.mkdir()
+            point(parent / "latest", folder)
+            return folder
 
 
 def point(link: Path, folder: Path) -> None:
-    """Let the link beside `folder` point at it, in one move."""
+    """Let the link beside `folder` point at it, in one move. A file system without links does without."""
     draft = link.with_name(f".{link.name}-{os.getpid()}")
-    draft.symlink_to(folder.name)
-    draft.replace(link)
+    with suppress(OSError):
+        draft.symlink_to(folder.name)
+        draft.replace(link)
 
 
 def newest_run(recipe_name: str | None = None) -> Path | None:
     """Return the newest run of a recipe, or of all recipes, or None where there is none."""
-    links = [link for link in ROOT.glob(f"{recipe_name or '*'}/latest") if (link / RUN_FILE).exists()]
-    newest = max(links, key=lambda link: (link / RUN_FILE).stat().st_mtime, default=None)
-    return newest.parent / os.readlink(newest) if newest else None
+    parents = [ROOT / recipe_name] if recipe_name else ROOT.glob("*")
+    files = [file for parent in parents for file in parent.glob(f"*/{RUN_FILE}") if file.parent.name.isdecimal()]
+    newest = max(files, key=lambda file: int(file.parent.name) if recipe_name else file.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
+def expand_home(value):
+    """Put the home folder in place of ~ where a path begins with it, also in lists and mappings."""
+    if isinstance(value, dict):
+        return {name: expand_home(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [expand_home(part) for part in value]
+    is_path = isinstance(value, str | Path) and str(value).startswith("~/")
+    return type(value)(os.path.expanduser(value)) if is_path else value
 
 
 def label(folder: Path) -> str:
@@ -152,5 +167,5 @@ def installed_versions() -> dict[str, str]:
 
 def _write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}-{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own form of half a surrogate pair
     draft.replace(path)

@@ -47,14 +47,7 @@ def _write_run(argv: list[str], ranks: int) -> Run:
         fix = f"name another folder, or give --resume_from_checkpoint {folder}/checkpoint-STEP"
         raise UserError("output_dir", f"{folder} holds another run", fix)
     values["output_dir"] = str(folder)
-    run = Run(
-        folder,
-        report.name,
-        values,
-        report.given,
-        report.data.system_prompt,
-        report.data.max_prompt,
-        asdict(report.layout),
-    )
+    data, layout = report.data, asdict(report.layout)
+    run = Run(folder, report.name, values, report.given, data.system_prompt, data.max_prompt, layout)
     run.write()
     return run

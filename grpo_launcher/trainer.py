@@ -4,6 +4,7 @@ Written for one version of TRL (trl_version.py). Each override names the upstrea
 in tests/unit/test_trainer.py that fails when upstream has mended it, and then the override can go.
 """
 
+import contextlib
 import copy
 import functools
 import os
@@ -64,7 +65,8 @@ class Trainer(GRPOTrainer):
 
         A reward of weight 0 is a measure. Its None means that it does not apply, and stays.
         """
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with contextlib.chdir("."):  # a reward may leave the working directory, to which the run's folder is relative
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         group_size = self.num_generations if self.mode == "train" else self.num_generations_eval
         is_measure = (self.reward_weights == 0).to(rewards.device)
         failed = rewards.isnan() & ~is_measure
@@ -178,7 +180,8 @@ class Trainer(GRPOTrainer):
         """
         self._in_tool_loop = True
         try:
-            result = super()._tool_call_loop(*args)
+            with contextlib.chdir("."):  # so may a tool
+                result = super()._tool_call_loop(*args)
             while self._needs_lockstep and self._generate_together([]) is not None:
                 pass
         finally:

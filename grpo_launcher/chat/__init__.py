@@ -1,11 +1,13 @@
 """Talking to checkpoints. Here is what demo_in_chat.py and compare_checkpoints.py share, without heavy imports."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
 
 from grpo_launcher import hub
 from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.runs import expand_home
 
 EXIT_INTERRUPTED = 130
 SERVER_HELP = "an OpenAI-compatible server as one more model (URL#MODEL chooses one of its models)"
@@ -30,7 +32,7 @@ def run_command(command: Callable, args) -> int:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        return command(args)
+        return command(argparse.Namespace(**expand_home(vars(args))))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,7 +204,7 @@ class ModelPool:
     def _make_room(self) -> None:
         """Forget all loaded models where the missing ones do not fit beside them."""
         missing = [Path(name) for name in self.names if name not in self.models]
-        size = sum(file.stat().st_size for folder in missing for file in folder.glob("*.safetensors"))
+        size = sum(file.stat().st_size for folder in missing for file in folder.glob("*model*"))
         if self.device == "cuda":
             free = torch.cuda.mem_get_info()[0]
         else:
@@ -254,7 +254,7 @@ class LocalModel:
                 marks.append([name, getattr(self.config, "_commit_hash", None)])
                 continue
             for file in sorted(Path(name).resolve().iterdir()):
-                if file.suffix in (".safetensors", ".json", ".jinja"):
+                if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
                     marks.append([str(file), file.stat().st_size, file.stat().st_mtime_ns])
         return marks
 
@@ -349,9 +349,10 @@ class LocalModel:
         )  # fmt: skip
         trainer._get_tool_suffix_ids = functools.partial(GRPOTrainer._get_tool_suffix_ids, trainer)
         empty = [[] for _ in prompt_ids]
-        masks, messages, ids, *_ = GRPOTrainer._tool_call_loop(
-            trainer, empty, prompt_ids, completions, messages, None, None, {}
-        )
+        with chdir("."):  # a tool may leave the working directory
+            masks, messages, ids, *_ = GRPOTrainer._tool_call_loop(
+                trainer, empty, prompt_ids, completions, messages, None, None, {}
+            )
         return list(zip(messages, ids, map(sum, masks), strict=True))
 
     def _generate(self, prompt_ids, settings, stop, on_text) -> list[list[int]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from grpo_launcher import runs
 from grpo_launcher.errors import UserError
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # one file, or several
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # or .bin
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 SAMPLING += ("chat_template_kwargs", "tools", "max_tool_calling_iterations")
 
@@ -157,10 +157,10 @@ def _problem(folder: Path) -> tuple[str, str] | None:
     if in_run and not (folder / "trainer_state.json").exists():
         return "this checkpoint is not whole: it is still being written, or its run was killed", "take an earlier one"
     is_adapter = (folder / ADAPTER_CONFIG).exists()
-    if is_adapter and not (folder / ADAPTER_WEIGHTS).exists():
+    if is_adapter and not any(folder.glob("adapter_model.*")):
         return f"{ADAPTER_CONFIG} is there and {ADAPTER_WEIGHTS} is not", "take another checkpoint"
-    if not is_adapter and not any((folder / name).exists() for name in WEIGHTS):
-        return f"this folder holds no checkpoint (neither {WEIGHTS[0]} nor {ADAPTER_CONFIG})", ""
+    if not is_adapter and not any(file for name in WEIGHTS for file in folder.glob(name)):
+        return f"this folder holds no checkpoint ({', '.join(WEIGHTS)} or {ADAPTER_CONFIG})", ""
     return None
 
 

@@ -79,7 +79,7 @@ def _find_resumed_run(options, flags: list[str], config: str) -> runs.Run | None
     if not options.resume:
         return None
     name = Path(config).stem
-    folder = named_fields(flags).get("output_dir") or runs.newest_run(name)
+    folder = runs.expand_home(named_fields(flags).get("output_dir")) or runs.newest_run(name)
     if folder is None:
         raise UserError("--resume", f"there is no run of {name} in {runs.ROOT / name}", "start one without --resume")
     run = runs.load_run(Path(folder))
@@ -118,7 +118,7 @@ def _run_module(module: str, *arguments: str) -> None:
 def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
     """Refuse what would overwrite a run, or resume it with another number of ranks."""
     output = report.values.get("output_dir")
-    if output and not resumed and Path(output).is_dir() and any(Path(output).iterdir()):
+    if output and not resumed and os.path.isdir(output) and os.access(output, os.R_OK) and os.listdir(output):
         problem = UserError("output_dir", f"{output} is not empty", "name another folder, or add --resume")
         report.problems.append(str(problem))
     if "resume_from_checkpoint" in report.given:

@@ -58,7 +58,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="use the active Python environment as it is (conda, container, cluster)",
     )
-    config = argv[0] if argv and not argv[0].startswith("-") else None
+    config = str(Path(argv[0]).expanduser()) if argv and not argv[0].startswith("-") else None
     options, flags = parser.parse_known_args(argv[1:] if config else argv)
     if config and not Path(config).is_file():
         known = sorted(str(path.relative_to(HOME)) for path in (HOME / "configs").glob("*.yaml"))

@@ -2,14 +2,18 @@
 
 import io
 import json
+import os
+import shutil
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from chat_models import LORA, TOKENS, WHOLE, chat, generated, spoil
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_models import SYSTEM, make_run
 from transformers import AutoModelForCausalLM
 
@@ -91,6 +95,28 @@ def test_what_a_run_wrote_is_found_from_any_folder(place, monkeypatch):
 # Transformers in this process
 
 
+def test_weights_of_an_older_form_are_a_checkpoint_too():
+    """PyTorch's .bin, whole or in parts, of a model and of an adapter. Completions of other weights are not taken."""
+    state = load_file("base/model.safetensors")
+    for name in ("old", "parts"):
+        shutil.copytree("base", name, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(state, "old/pytorch_model.bin")
+    parts = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(state)}
+    for file in set(parts.values()):
+        torch.save({name: state[name] for name in state if parts[name] == file}, f"parts/{file}")
+    Path("parts/pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    shutil.copytree("adapter", "lora", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file("adapter/adapter_model.safetensors"), "lora/adapter_model.bin")
+    ids = {model.name: write(model, chat("Where is the cat?")).token_ids for model in local("old", "parts", "lora")}
+    base = generated("base", chat("Where is the cat?"))
+    assert ids == {"old": base, "parts": base, "lora": generated("base", chat("Where is the cat?"), "adapter")}
+    for name, weights in {"old": "pytorch_model.bin", "lora": "adapter_model.bin"}.items():
+        [model] = local(name)
+        before = model.fingerprint()
+        os.utime(f"{name}/{weights}", (1, 1))
+        assert model.fingerprint() != before
+
+
 def test_adapters_share_one_base_and_generate_what_generate_generates():
     """Switching back and forth changes nothing, and the base without adapters is the base."""
     models = local(LORA)
@@ -158,6 +184,7 @@ def test_one_bad_model_does_not_lose_the_others(capsys):
     [
         ([f"{WHOLE}/checkpoint-10"], "checkpoint-10: this checkpoint is not whole"),
         (["empty"], "empty: this folder holds no checkpoint"),
+        (["--base=~/none", "~/none"], "HOME/none: there is no such folder"),
         (["./nowhere"], "./nowhere: there is no such folder"),
         (["--server", "http://127.0.0.1:9"], "no list of models from http://127.0.0.1:9/v1/models"),
         (["--server", "localhost:8000"], "write http://HOST:PORT"),
@@ -177,7 +204,7 @@ def test_what_cannot_be_shown_is_refused(argv, words, capsys):
         else ["--prompt", "Hello?"]
     )
     status, text = run_demo(capsys, *argv, *mode)
-    assert status == 2 and words in text and "Traceback" not in text
+    assert status == 2 and words.replace("HOME", os.environ["HOME"]) in text and "Traceback" not in text
 
 
 # A chat

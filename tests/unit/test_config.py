@@ -10,7 +10,7 @@ import yaml
 from helpers import ROOT
 
 from grpo_launcher import config
-from grpo_launcher.config import CHOICES, SFT_LOSSES, SupervisedConfig, build, load_config
+from grpo_launcher.config import CHOICES, OLD_FIELDS, RANGES, SFT_LOSSES, SupervisedConfig, build, load_config
 from grpo_launcher.errors import UserError
 
 MODEL_AND_DATA = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl"]
@@ -35,7 +35,16 @@ REFUSED = {  # text of the recipe, field, and a part of the fix or of the proble
     "fraction for a count": ("max_completion_length: 1.5", "mine.yaml: max_completion_length", "1.5"),
     "list for one value": ("beta: [0.1]", "mine.yaml: beta", "[0.1]"),
     "mapping for one value": ("beta: {a: 1}", "mine.yaml: beta", "one value"),
-    "list for a mapping": ("reward_kwargs: [1]", "reward_kwargs", "a mapping is wanted"),
+    "list for a mapping": ("reward_kwargs: [1]", "mine.yaml: reward_kwargs", "a mapping is wanted"),
+    "list for options of TRL": ("generation_kwargs: [a]", "mine.yaml: generation_kwargs", "a mapping is wanted"),
+    "number for the options of a reward": ("reward_kwargs: {f: 100}", "reward_kwargs: f", "a mapping is wanted"),
+    "empty number": ("learning_rate:", "mine.yaml: learning_rate", "for its default"),
+    "empty list": ("reward_funcs: null", "mine.yaml: reward_funcs", "for its default"),
+    "number as a field": ("1: 2", "mine.yaml: 1", "train.py --help"),
+    "list as a field": ("[beta]: 0.1", "mine.yaml", "not valid YAML"),
+    "tab": ("guards:\n\tkl: null", "mine.yaml", "line 2"),
+    "date that is none": ("run_name: 2024-02-31", "mine.yaml", "not valid YAML"),
+    "renamed field": ("torch_dtype: bfloat16", "mine.yaml: torch_dtype", "it is called dtype"),
     "unknown method": ("method: ppo", "mine.yaml: method", "'ppo'"),
     "unknown way to share": ("parallel: fsdp", "mine.yaml: parallel", "'zero3', 'ddp'"),
     "unknown scheduler": ("lr_scheduler_type: nonsense", "mine.yaml: lr_scheduler_type", "'cosine'"),
@@ -89,7 +98,106 @@ def test_defaults_yield_to_yaml_and_yaml_to_flags(read):
     assert {name: found.values[name] for name in expected} == expected
     given = {"beta", "learning_rate", "reward_weights", "bf16", "guards", "gradient_checkpointing", "max_steps"}
     assert set(found.given) == given | {"model_name_or_path", "dataset_name"}
-    assert found.name == "mine" and found.recipe.method == "grpo"
+    assert found.name == "mine" and found.values["method"] == "grpo"
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "big5", "latin-1"])
+def test_a_recipe_in_another_encoding_is_refused(encoding, tmp_path):
+    """With the file and the remedy. A byte order mark, as some editors write it, is no part of the first field."""
+    path, comment = tmp_path / "mine.yaml", "é" if encoding == "latin-1" else "學習率"
+    path.write_text(f"beta: 0.1  # {comment}\n", encoding=encoding)
+    with pytest.raises(UserError, match="save it as UTF-8") as error:
+        load_config(["--config", str(path), *MODEL_AND_DATA])
+    assert error.value.field == str(path)
+    path.write_text(f"beta: 0.1  # {comment}\n", encoding="utf-8-sig")
+    assert load_config(["--config", str(path), *MODEL_AND_DATA]).values["beta"] == 0.1
+
+
+def test_words_are_read_as_they_are_written(read):
+    """YAML takes `no` for false, and 1.10, 12:30 and 007 for numbers."""
+    text = "save_strategy: no\neval_strategy: off\nlogging_strategy: NO\nmodel_revision: 1.10\nrun_name: 12:30\n"
+    found = read(f"{text}dataset_config: 007\nbf16: no\nchat_template_kwargs: {{enable_thinking: no}}").values
+    names = ("save_strategy", "eval_strategy", "logging_strategy", "model_revision", "run_name", "dataset_config")
+    assert [found[name] for name in names] == ["no", "no", "no", "1.10", "12:30", "007"]
+    assert found["bf16"] is False and found["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_all_unknown_fields_are_refused_at_once(read):
+    """Of the file, and of the flags, each with its remedy."""
+    with pytest.raises(UserError) as error:
+        read("torch_dtype: auto\nbeat: 0.1\nmax_prompt_length: 512\n1: 2\nbeta: 0.1")
+    parts = ["torch_dtype: unknown field. Fix: it is called dtype.", "beat: unknown field. Fix: did you mean beta?"]
+    parts += ["process_dataset.py --max_prompt_length", "1: unknown field"]
+    assert all(part in str(error.value) for part in parts) and ": beta" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        read("beta: 0.1", "--vllm-device=auto", "--evaluation_strategy", "steps")
+    assert "--vllm-device: unknown field. Fix: leave it out" in str(error.value)
+    assert "it is called eval_strategy" in str(error.value)
+
+
+def test_old_names_are_no_fields_and_new_ones_are():
+    known = set(config._Parser().known)
+    assert not known & set(OLD_FIELDS)
+    for fix in OLD_FIELDS.values():
+        named = re.findall(r"^\w+$|write (\w+):", fix)
+        assert set(named) - {""} <= known and (fix in known or " " in fix)
+
+
+NUMBERS = {  # text of the recipe, and the field of which the number is out of range, or None
+    "no completions": ("num_generations: 0", "num_generations"),
+    "empty batch": ("per_device_eval_batch_size: 0", "per_device_eval_batch_size"),
+    "greedy": ("temperature: 0", "temperature"),
+    "no number": ("temperature: .nan", "temperature"),
+    "negative": ("learning_rate: -1e-6", "learning_rate"),
+    "share": ("top_p: 1.5", "top_p"),
+    "port": ("vllm_server_port: 70000", "vllm_server_port"),
+    "no steps": ("max_steps: 0", "max_steps"),
+    "whole epochs": ("max_steps: -1", None),
+    "never saved": ("save_steps: 0", "save_steps"),
+    "not saved by steps": ("save_steps: 0\nsave_strategy: epoch", None),
+    "no KL": ("beta: 0\nsample_every: 0\nwarmup_steps: 0.1", None),
+}
+
+
+@pytest.mark.parametrize(("text", "field"), NUMBERS.values(), ids=NUMBERS)
+def test_a_number_that_no_run_can_work_with_is_refused(text, field, read):
+    """With its field and its range."""
+    if field is None:
+        read(text)
+        return
+    with pytest.raises(UserError, match=r"out of range\..* give a number that is ") as error:
+        read(text)
+    assert error.value.field == field
+
+
+def test_ranges_are_those_of_fields():
+    known = set(config._Parser().known)
+    assert all(set(names) <= known for _, names in RANGES.values())
+    with pytest.raises(UserError, match=r"temperature: 0\.0 .*\n.*max_steps: 0|max_steps: 0 .*\n.*temperature: 0"):
+        load_config([*MODEL_AND_DATA, "--temperature", "0", "--max_steps", "0"])
+
+
+def test_the_home_folder_stands_in_any_path(read, tmp_path, monkeypatch):
+    """In YAML, in a flag, and inside of options. Other texts keep their ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").touch()
+    (tmp_path / "other.yaml").write_text("beta: 0.5")
+    assert load_config(["--config", "~/other.yaml", *MODEL_AND_DATA]).values["beta"] == 0.5
+    text = "output_dir: ~/runs/a\nreward_funcs: [~/mine.py:f]\ntool_kwargs: {search: {corpus: ~/c.jsonl, k: 2}}\n"
+    flags = ["--model_name_or_path=~/model", "--dataset_name", "~/rows.jsonl"]
+    flags += ["--reward_kwargs", '{"f": {"template": "~/t.txt", "mark": "~"}}']
+    found = read(text, *flags).values
+    home = str(tmp_path)
+    assert (found["output_dir"], found["model_name_or_path"]) == (f"{home}/runs/a", f"{home}/model")
+    assert (found["reward_funcs"], found["dataset_name"]) == ([f"{home}/mine.py:f"], f"{home}/rows.jsonl")
+    assert found["tool_kwargs"] == {"search": {"corpus": f"{home}/c.jsonl", "k": 2}}
+    assert found["reward_kwargs"] == {"f": {"template": f"{home}/t.txt", "mark": "~"}}
+
+
+def test_options_that_are_commented_out_are_none(read):
+    found = read("reward_kwargs:\n  length_reward:\n    # target: 100\ntool_kwargs: {search: null}\nguards:\n").values
+    assert found["reward_kwargs"] == {"length_reward": {}} and found["tool_kwargs"] == {"search": {}}
+    assert found["guards"] is None
 
 
 def test_a_mapping_is_yaml_or_json(read):

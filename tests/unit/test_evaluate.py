@@ -280,6 +280,12 @@ def test_rewards_score_as_in_a_run_and_what_cannot_is_left_out():
     assert rewards.score(prompts, completions, columns)["tokens"] == [None, None]
 
 
+def test_a_reward_that_leaves_the_working_directory_harms_nothing(place):
+    Path("my_reward.py").write_text("import os\ndef f(completions, **k):\n    os.chdir('/')\n    return [1.0]\n")
+    rewards = RewardSet(["my_reward.py:f"])
+    assert rewards.score([chat("a")], [Completion("b")], {}) == {"f": [1.0]} and Path.cwd() == place
+
+
 # Reports of the chat
 
 

@@ -65,6 +65,7 @@ REFUSED = {
     "missing dataset": (f"{SMALL} --dataset_name data/tldr", "dataset_name: ", "process_dataset.py tldr"),
     "missing model": (f"{SMALL} --model_name_or_path data/nothing", "model_name_or_path: ", "data/nothing"),
     "too few rows": (f"{SMALL} --dataset_name seven.jsonl", "dataset_name: ", "7 prompts"),
+    "folder in a file": (f"{SMALL} --output_dir rows.jsonl/run", "output_dir: ", "Not a directory"),
     "folder in use": (f"{SMALL} --output_dir model", "output_dir: ", "is not empty"),
     "checkpoint by hand": (f"{SMALL} --resume_from_checkpoint x", "resume_from_checkpoint: ", "--resume"),
     "resume without a run": ("--resume", "--resume: ", "no run of quickstart"),
@@ -156,7 +157,7 @@ def test_a_run_is_written_before_it_starts(launch, tmp_path, capsys):
     assert len(ports) == 3 and "Run: trainOutput/quickstart/1" in capsys.readouterr().out
 
 
-def test_resume_goes_on_with_the_run(launch, tmp_path, capsys):
+def test_resume_goes_on_with_the_run(launch, tmp_path, monkeypatch, capsys):
     """With its recipe, its flags and its options, from its last whole checkpoint; not with another number of ranks."""
     assert launch(f"{SMALL} --max_steps 7 --sync disk") == 0
     folder = tmp_path / "trainOutput/quickstart/1"
@@ -168,7 +169,8 @@ def test_resume_goes_on_with_the_run(launch, tmp_path, capsys):
         (folder / f"checkpoint-{step}").mkdir()
         for file in files:
             (folder / f"checkpoint-{step}" / file).touch()
-    assert launch("--resume --max_steps 9") == launch("--resume --output_dir trainOutput/quickstart/1") == 0
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert launch("--resume --max_steps 9") == launch("--resume --output_dir=~/trainOutput/quickstart/1") == 0
     _, first, second = [run for run, *_ in launch.supervised]
     assert first.folder.resolve() == second.folder.resolve() == folder and first.recipe == "quickstart"
     assert first.values["resume_from_checkpoint"].endswith("quickstart/1/checkpoint-4")

@@ -230,10 +230,85 @@ def test_rewards_of_trl_work_by_their_dotted_name():
         assert accuracy(completions=completions, solution=["$4$", "$4$"]) == [1.0, 0.0]
 
 
+CALLABLES = """
+import functools
+
+
+def near(completions, *, target=20, **columns):
+    return [float(-abs(target - len(text))) for text in completions]
+
+
+short = functools.partial(near, target=5)
+
+
+class Near:
+    def __init__(self, target):
+        self.target = target
+
+    def __call__(self, completions, **columns):
+        return near(completions, target=self.target)
+
+    def ready(self):
+        raise ValueError("asleep")
+
+
+class Late(Near):
+    async def __call__(self, completions, **columns):
+        return near(completions, target=self.target)
+
+
+medium, long, late = Near(50), functools.partial(Near(3)), Late(4)
+"""
+
+
+def test_partials_and_callable_objects_are_called_as_the_recipe_calls_them(tmp_path):
+    """Options and readiness are theirs too. Tools of the kind are refused: a model cannot read their parameters."""
+    (tmp_path / "mine.py").write_text(CALLABLES)
+    names = [f"{tmp_path}/mine.py:{name}" for name in ("short", "medium", "long", "late")]
+    *rewards, late = load_rewards(names, {"short": {"target": 6}})
+    assert [metric_name(reward) for reward in (*rewards, late)] == ["short", "medium", "long", "late"]
+    assert [reward(completions=["abcd"], prompts=["p"]) for reward in rewards] == [[-2.0], [-46.0], [-1.0]]
+    assert inspect.iscoroutinefunction(late) and asyncio.run(late(completions=["abc"])) == [-1.0]
+    with pytest.raises(ValueError, match="asleep"):
+        rewards[1].ready()
+    for name in names[:2]:
+        with pytest.raises(UserError, match="is no function") as error:
+            load_tools([name], None, None)
+        assert error.value.field == "tools"
+
+
+@pytest.mark.parametrize("source", ["from json import own", "import rewards.own", "from queue import own as f"])
+def test_a_neighbour_that_an_installed_module_hides_is_named(source, tmp_path):
+    """Else the traceback would point at the installed module."""
+    (tmp_path / "rewards").mkdir()
+    for name in ("json.py", "queue.py", "rewards/own.py"):
+        (tmp_path / name).write_text("own = f = len")
+    (tmp_path / "mine.py").write_text(f"{source}\n\ndef f():\n    pass\n")
+    with pytest.raises(UserError, match="hides the one beside it") as error:
+        load_object(f"{tmp_path}/mine.py:f", "reward_funcs")
+    assert source.split()[1].split(".")[0] in error.value.fix
+
+
+def test_what_a_neighbour_lacks_is_an_error_of_the_users_own(tmp_path):
+    (tmp_path / "own_helpers.py").touch()
+    (tmp_path / "mine.py").write_text("from own_helpers import nothing")
+    with pytest.raises(ImportError, match="nothing"):
+        load_object(f"{tmp_path}/mine.py:f", "reward_funcs")
+    del sys.modules["own_helpers"]
+
+
+def test_a_module_that_changes_the_working_directory_harms_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("import os\nos.chdir('/')\ndef f():\n    pass\n")
+    load_object("mine.py:f", "tools")
+    assert Path.cwd() == tmp_path
+
+
 REFUSED_REWARDS = {  # names with MINE for the user's file, other arguments, field, part of the message
     "no file": (["nowhere.py:f"], {}, "reward_funcs", "no file nowhere.py"),
     "no function": (["MINE:needs_golf"], {}, "reward_funcs", "did you mean needs_gold?"),
     "no module": (["rewards.lenght.length_reward"], {}, "reward_funcs", "file.py:function"),
+    "file in a folder": (["rewards.mine.score"], {}, "reward_funcs", "here rewards/mine.py:score"),
     "no function of a module": (["rewards.length.lenght_reward"], {}, "reward_funcs", "did you mean length_reward?"),
     "no dot": (["length_reward"], {}, "reward_funcs", "package.module.function"),
     "no **kwargs": (["MINE:closed"], {}, "reward_funcs", "**kwargs"),

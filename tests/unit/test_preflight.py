@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 from helpers import ROOT
@@ -28,7 +30,11 @@ LENGTH = "--reward_funcs rewards.length.length_reward"
 ROUGE = "--reward_funcs rewards.rouge.rouge_reward"
 BART = "--model_name_or_path bart --dataset_name plain --max_completion_length 40"
 TOOL = '''
+import atexit, functools, os, sys
+
 print("noise of a module")
+if sys.flags.safe_path:  # the child, not this process
+    atexit.register(os.system, "echo noise of another process at the end")
 
 
 def weather(city: str) -> str:
@@ -38,6 +44,22 @@ def weather(city: str) -> str:
         city: A city.
     """
     return "rain"
+
+
+class Game:
+    def __init__(self, level):
+        pass
+
+    def reset(self, **row):
+        pass
+
+    look = staticmethod(weather)
+
+    def get_reward(self):
+        return 0.0
+
+
+easy = functools.partial(Game, level=1)
 
 
 def mine(completions, **columns):
@@ -418,18 +440,56 @@ def test_the_child_reports_in_spite_of_noise(home, check, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     argv = ["--config", str(ROOT / "configs/quickstart.yaml"), "--model_name_or_path", "model"]
     argv += ["--dataset_name", "chat", *flags]
+    capfd.readouterr()  # what the check above printed
     report = run_preflight(argv, Hardware([], [0, 1], 64), Options())
     assert report == expected and report.problems == []
     output = capfd.readouterr()
-    assert "noise" not in output.out and "noise of a module" in output.err
+    assert "noise" not in output.out and "noise of a module" in output.err and "at the end" in output.err
 
 
-def test_a_child_that_fails_is_refused(capfd):
-    """A fault in a user's module ends it with a traceback, which stays visible."""
+def run_child(code: str) -> Report:
+    """Return the report of a child that runs this code."""
 
     def start(command, **streams):
-        return subprocess.Popen([sys.executable, "-S", "-c", "1 / 0"], **streams)
+        return subprocess.Popen([sys.executable, "-S", "-c", code], **streams)
 
-    with pytest.raises(UserError) as error:
-        run_preflight([], Hardware([], [0], 1), Options(), start)
-    assert error.value.field == "preflight" and "ZeroDivisionError" in capfd.readouterr().err
+    return run_preflight([], Hardware([], [0], 1), Options(), start)
+
+
+@pytest.mark.parametrize(("code", "message"), [("1 / 0", "status 1"), ("raise SystemExit(0)", "status 0")])
+def test_a_child_that_does_not_answer_is_refused(code, message, capfd):
+    """A fault in a user's module ends it with a traceback, which stays visible."""
+    with pytest.raises(UserError, match=message) as error:
+        run_child(code)
+    assert error.value.field == "preflight" and ("ZeroDivisionError" in capfd.readouterr().err) == (code == "1 / 0")
+
+
+def test_what_a_child_does_after_its_answer_does_not_count():
+    """Libraries may abort when Python takes them apart."""
+    report = Report(problems=["half a surrogate pair: \ud83d"])
+    assert run_child(f"import os; print({json.dumps(asdict(report))!r}, flush=True); os.abort()") == report
+
+
+@pytest.mark.parametrize("folder", ["tools.py", "tools.py/run", "/proc/run", "nowhere"])
+def test_a_folder_that_cannot_be_made_is_refused(folder, check, home, monkeypatch):
+    """The run's, and the cache of the datasets. Nothing is made in the search."""
+    (home / "nowhere").unlink(missing_ok=True)
+    (home / "nowhere").symlink_to("not/there")
+    before = sorted(home.iterdir())
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(folder))
+    flags = ["--reward_funcs", "rewards.length.length_reward", "--dataset_name", "missing"]
+    problems = check(None, 0, *flags, "--output_dir", folder).problems
+    assert [problem.split(":")[0] for problem in problems] == ["output_dir", "HF_HOME"]
+    assert all(f"{folder} cannot be made or written" in problem for problem in problems)
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert check(None, 0, *flags, "--output_dir", "a/new [run]/1").problems == [] and sorted(home.iterdir()) == before
+
+
+def test_an_environment_may_be_a_partial(check):
+    """Its reward has the name of the class."""
+    flags = ["--environment_factory", "tools.py:easy", "--eval_strategy", "steps"]
+    flags += ["--save_steps", "1", "--metric_for_best_model"]
+    assert check(None, 4, *flags, "rewards/Game/mean").problems == []
+    (problem,) = check(None, 4, *flags, "rewards/easy/mean").problems
+    assert "use eval_rewards/Game/mean" in problem

@@ -1,6 +1,7 @@
 """The run folder: what is written is read back, and half-written checkpoints are passed over."""
 
 import os
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ def work(tmp_path, monkeypatch):
 def test_run_json_and_recipe_give_the_same_values(work):
     """run.json holds all, and recipe.yaml what was given, so that it can be started again."""
     argv = ["--model_name_or_path", "m", "--dataset_name", "data/喜", "--reward_funcs", "mine.py:f", "--beta", "1e-2"]
+    argv += ["--debug", "underflow_overflow", "--chat_template_kwargs", '{"a": 1}', "--save_strategy", "no"]
     config = load_config([*argv, "--output_dir", "out", "--guards", '{"kl": null}', "--bf16", "false"])
     run = Run(work / "out", "mine", config.values, config.given, "Be short: 喜", 7, {"ranks": 2}, {"sync": None})
     run.write()
@@ -31,6 +33,14 @@ def test_run_json_and_recipe_give_the_same_values(work):
     given = yaml.safe_load((work / "out/recipe.yaml").read_text(encoding="utf-8"))
     assert set(given) == set(config.given) - {"output_dir"} and given["reward_funcs"] == [f"{work}/mine.py:f"]
     assert sorted(path.name for path in (work / "out").iterdir()) == ["recipe.yaml", "run.json"], "no draft is left"
+
+
+def test_what_a_run_writes_is_valid_whatever_it_holds(work):
+    """Half of a surrogate pair, as some data have it, is kept."""
+    run = Run(work / "a", "mine", {"run_name": "half \ud83d"}, ["run_name"], "喜 \udc00")
+    run.write()
+    assert load_run(work / "a").system_prompt == run.system_prompt and load_run(work / "a").values == run.values
+    assert yaml.safe_load((work / "a/recipe.yaml").read_text(encoding="utf-8")) == run.values
 
 
 def test_a_run_that_was_moved_is_read_from_where_it_is(work):
@@ -62,6 +72,38 @@ def test_runs_are_numbered_and_the_newest_is_found(work):
     assert runs.newest_run("c") is None
     assert runs.label(folders[2]) == runs.label(work / "trainOutput/a/latest") == "a/2"
     assert runs.label(work / "mine") == "mine"
+
+
+def test_a_file_system_without_links_has_runs_too(work, monkeypatch):
+    """`latest` and `best-checkpoint` are a convenience: runs are found by number and time."""
+
+    def refuse(*arguments, **options):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    for _ in range(11):
+        folder = runs.new_run("a")
+        Run(folder, "a", {}, []).write()
+        os.utime(folder / "run.json", (1, 1))
+    assert runs.newest_run("a") == folder == runs.ROOT / "a/11" and not (folder.parent / "latest").exists()
+    runs.point(folder / runs.BEST, folder / "checkpoint-1")
+    assert [path.name for path in folder.iterdir() if path.name != "recipe.yaml"] == ["run.json"]
+    assert runs.newest_run().parent == runs.ROOT / "a"
+
+
+def test_two_launches_in_one_moment_get_two_folders(work, monkeypatch):
+    """Whichever makes its folder second takes the next number."""
+    make = Path.mkdir
+
+    def slow(path, *arguments, **options):
+        if path.name == "1":
+            make(path)  # the other launch
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", slow)
+    assert runs.new_run("a").name == "2" and runs.new_run("b[1]").name == "2"
+    Run(runs.ROOT / "b[1]/2", "b[1]", {}, []).write()
+    assert runs.newest_run("b[1]") == runs.ROOT / "b[1]/2", "brackets are no pattern"
 
 
 @pytest.mark.parametrize(("ranks", "steps"), [(1, [9, 100]), (2, [10])])
