@@ -9,8 +9,6 @@ import secrets
 import unicodedata
 from pathlib import Path
 
-from grpo_launcher.errors import UserError
-from grpo_launcher.http import async_http_client, is_local
 from grpo_launcher.messages import last_reply, last_user_text
 
 GUARD = """
@@ -123,16 +121,13 @@ def judge_ready(**options) -> None:
 
     try:
         asyncio.run(ask())
-    except UserError as error:  # of a proxy
-        raise ValueError(f"judge_reward: {error}") from None
     except (openai.OpenAIError, ValueError) as error:
         key_fix = "set JUDGE_API_KEY"
         fixes = {401: key_fix, 403: key_fix, 404: f"take a model that {url}/models lists, and end base_url in /v1"}
         fix = fixes.get(getattr(error, "status_code", None), "raise max_tokens, or take another model or template")
         if isinstance(error, openai.APIConnectionError):
             fix = f"start it (`ollama serve` and `ollama pull {model}`, or `vllm serve {model}`), or raise `timeout`"
-            if not is_local(url):
-                fix = "start it there, check base_url and the proxy (https_proxy, all_proxy), or raise `timeout`"
+            fix += ". For a server elsewhere, check base_url, https_proxy and all_proxy as well"
         problem = f"judge_reward: no rating from {url} (model {model}): {_without_key(error)}"
         raise ValueError(f"{problem}. Fix: {fix}.") from None  # the cause may hold the key
 
@@ -204,10 +199,7 @@ def _client(base_url: str, timeout: float, retries: int):
     # An address without a server fails soon; an answer may take `timeout`, as Ollama loads the model at the first one.
     seconds = openai.Timeout(timeout, connect=min(timeout, 5.0))
     key = _key() or "none"  # a local server needs none
-    http_client = async_http_client(base_url)
-    return openai.AsyncOpenAI(
-        base_url=base_url, api_key=key, timeout=seconds, max_retries=retries, http_client=http_client
-    )
+    return openai.AsyncOpenAI(base_url=base_url, api_key=key, timeout=seconds, max_retries=retries)
 
 
 def _key() -> str:

@@ -18,7 +18,6 @@ from grpo_launcher.runs import STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
 EXIT_SERVER_LOST = 1
-WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
@@ -122,7 +121,7 @@ def _report_lost_server(folder: Path, what: str) -> None:
 
 def _is_healthy(url: str) -> bool:
     try:
-        with WITHOUT_PROXY.open(f"{url}/health", timeout=5) as answer:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False

@@ -359,15 +359,6 @@ def test_an_option_that_no_judge_can_work_with_is_named(options, said):
         judge_ready(**({"base_url": "http://127.0.0.1:1/v1"} | options))
 
 
-def test_a_judge_of_this_machine_is_asked_without_a_proxy(serve, monkeypatch):
-    """One elsewhere is not, and a proxy that cannot be used is told in one line."""
-    for name in ("http_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "socks5://127.0.0.1:1")
-    assert rate(serve().url, ["a"]) == [8]
-    with pytest.raises(ValueError, match=r"http_proxy or all_proxy: .*socksio.* Fix: .*unset") as refusal:
-        judge_ready(base_url="https://judge.example/v1")
-    assert "\n" not in str(refusal.value)
-
 
 def test_a_judge_rates_a_prompt_in_parts(serve):
     """And answers in parts, as some hosts do."""

@@ -42,7 +42,7 @@ def test_what_must_answer_early_needs_the_standard_library_alone(module, allowed
 def test_rewards_import_their_judge_and_what_reads_messages(graph):
     """So that each can be copied. None imports another."""
     judges = {"jieba", "math_verify", "openai", "rouge_score", "torch", "transformers"}
-    judges |= {"grpo_launcher.errors", "grpo_launcher.http", "grpo_launcher.messages"}
+    judges |= {"grpo_launcher.errors", "grpo_launcher.messages"}
     rewards = graph.find_children("rewards")
     assert "rewards.length" in rewards
     assert {name: imported(graph, name) - judges for name in rewards if imported(graph, name) - judges} == {}
