@@ -359,7 +359,6 @@ def test_an_option_that_no_judge_can_work_with_is_named(options, said):
         judge_ready(**({"base_url": "http://127.0.0.1:1/v1"} | options))
 
 
-
 def test_a_judge_rates_a_prompt_in_parts(serve):
     """And answers in parts, as some hosts do."""
     parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "8"}]
