@@ -1,7 +1,6 @@
 """Put the same prompts to several models, score what they write, and compare each model with the first one."""
 
 import asyncio
-import contextlib
 import hashlib
 import inspect
 import json
@@ -98,9 +97,8 @@ class RewardSet:
                 scores[name] = [None] * len(completions)  # a server keeps them to itself
                 continue
             try:
-                with contextlib.chdir("."):  # a reward may leave it
-                    result = reward(**keywords)
-                    scores[name] = asyncio.run(result) if inspect.iscoroutine(result) else result
+                result = reward(**keywords)
+                scores[name] = asyncio.run(result) if inspect.iscoroutine(result) else result
             except Exception as error:
                 del self.functions[name]
                 self.failed.append(name)

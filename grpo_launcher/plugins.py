@@ -178,11 +178,14 @@ def _with_checked_scores(function: Callable, options: dict) -> Callable:
 
     @functools.wraps(function)
     def reward(completions, **columns):
-        return check_scores(function(completions=completions, **options, **columns), completions, function.__name__)
+        with contextlib.chdir("."):  # whatever the function does: the run's folder is relative to it
+            scores = function(completions=completions, **options, **columns)
+        return check_scores(scores, completions, function.__name__)
 
     @functools.wraps(function)
     async def async_reward(completions, **columns):
-        scores = await function(completions=completions, **options, **columns)
+        with contextlib.chdir("."):
+            scores = await function(completions=completions, **options, **columns)
         return check_scores(scores, completions, function.__name__)
 
     bound = async_reward if inspect.iscoroutinefunction(function) else reward

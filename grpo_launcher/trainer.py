@@ -65,8 +65,7 @@ class Trainer(GRPOTrainer):
 
         A reward of weight 0 is a measure. Its None means that it does not apply, and stays.
         """
-        with contextlib.chdir("."):  # a reward may leave the working directory, to which the run's folder is relative
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         group_size = self.num_generations if self.mode == "train" else self.num_generations_eval
         is_measure = (self.reward_weights == 0).to(rewards.device)
         failed = rewards.isnan() & ~is_measure
@@ -180,7 +179,7 @@ class Trainer(GRPOTrainer):
         """
         self._in_tool_loop = True
         try:
-            with contextlib.chdir("."):  # so may a tool
+            with contextlib.chdir("."):  # a tool may leave it, and the run's folder is relative to it
                 result = super()._tool_call_loop(*args)
             while self._needs_lockstep and self._generate_together([]) is not None:
                 pass

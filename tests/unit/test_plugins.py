@@ -297,10 +297,26 @@ def test_what_a_neighbour_lacks_is_an_error_of_the_users_own(tmp_path):
     del sys.modules["own_helpers"]
 
 
-def test_a_module_that_changes_the_working_directory_harms_nothing(tmp_path, monkeypatch):
+LEAVES = """
+import os, tempfile
+os.chdir("/")
+def for_good(completions, **columns):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+    return [1.0] * len(completions)
+async def while_others_wait(completions, **columns):
+    os.chdir("/")
+    return [1.0] * len(completions)
+"""
+
+
+def test_a_module_or_reward_that_changes_the_working_directory_harms_nothing(tmp_path, monkeypatch):
+    """Even for a folder that is gone afterwards. The paths of a run are relative to where it was started."""
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("import os\nos.chdir('/')\ndef f():\n    pass\n")
-    load_object("mine.py:f", "tools")
+    Path("mine.py").write_text(LEAVES)
+    for_good, while_others_wait = load_rewards(["mine.py:for_good", "mine.py:while_others_wait"])
+    assert Path.cwd() == tmp_path
+    assert for_good(completions=["a"]) == asyncio.run(while_others_wait(completions=["a"])) == [1.0]
     assert Path.cwd() == tmp_path
 
 

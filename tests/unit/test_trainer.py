@@ -4,10 +4,8 @@ Where an assertion on the stock class fails, upstream has mended the fault, and 
 """
 
 import json
-import os
 import re
 import sys
-import tempfile
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -105,24 +103,6 @@ def test_a_reward_that_failed_for_a_whole_group_stays_out_of_it(build):
     assert call_rewards(trainer)[:, 0].tolist() == [8.0, 5.0, 4.0, 3.0]
     metrics = trainer._metrics["train"]
     assert metrics["rewards/judge/failed"] == [1.0, 0.25] and metrics["rewards/length/failed"] == [0.0, 0.0]
-
-
-def test_a_reward_may_leave_the_working_directory(build, tmp_path, monkeypatch):
-    """Even for a folder that is gone afterwards. The paths of a run are relative to where it was started."""
-
-    def runs_code(completions, **columns):
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-        return [1.0] * len(completions)
-
-    async def waits(completions, **columns):
-        os.chdir("/")
-        return [1.0] * len(completions)
-
-    monkeypatch.chdir(tmp_path)
-    for stock in (False, True):
-        assert call_rewards(build([runs_code, waits], stock=stock)).tolist() == [[1.0, 1.0]] * 4
-        assert (os.getcwd() == str(tmp_path)) is not stock
 
 
 def test_a_measure_is_a_mean_over_completions(build):
