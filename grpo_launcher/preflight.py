@@ -4,11 +4,13 @@ It runs in a child process, which preflight_runner.run_preflight() starts: main(
 input with one JSON report on standard output.
 """
 
+import itertools
 import json
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -192,7 +194,7 @@ class _Check:
         self._data(template_options)
         columns = self.report.data.columns if self.report.data else None
         if values["method"] == "sft":
-            self._nulls("a supervised run", ["reference"])
+            self._golds("a supervised run", ["reference"])
             self._best_metric(["loss"])
             return
         if not has_rewards and not values["environment_factory"]:
@@ -205,7 +207,7 @@ class _Check:
             self.report.problems.append(str(error))
             return
         for reward in filter(callable, rewards):
-            self._nulls(plugins.metric_name(reward), plugins.required_columns(reward))
+            self._golds(reward.__name__, plugins.required_columns(reward), getattr(reward, "check_gold", None))
         self._rewards_ready(rewards)
         names = [*map(plugins.metric_name, rewards), *environment_rewards]
         self._best_metric(["reward", "loss", *(f"rewards/{name}/mean" for name in names)])
@@ -289,14 +291,29 @@ class _Check:
         except UserError as error:
             self.report.problems.append(str(error))
 
-    def _nulls(self, reader: str, columns: list[str]) -> None:
-        """Refuse a row without a value in a column that a reward or a supervised run needs."""
-        for split, rows in self.splits.items():
-            for column in sorted(set(columns) & set(self.report.data.columns)):
-                values = enumerate(column_values(rows, column), 1)
-                if number := next((number for number, value in values if pd.isna(value) is True), None):
-                    problem = f"{self.report.values['dataset_name']}, split {split}, row {number} has no {column}"
-                    self.refuse("dataset_name", f"{problem}, which {reader} needs", "fill it in, or drop the row")
+    def _golds(self, reader: str, columns: list[str], check_gold: Callable | None = None) -> None:
+        """Look at what `reader` needs in every row. Without `check_gold` a null is refused, with it only told."""
+        name, columns = self.report.values["dataset_name"], set(columns) & set(self.report.data.columns)
+        for split, column in itertools.product(self.splits, sorted(columns)):
+            nulls = 0
+            for number, value in enumerate(column_values(self.splits[split], column), 1):
+                is_null = pd.isna(value) is True
+                nulls += is_null
+                try:
+                    if check_gold:
+                        check_gold(value)
+                    elif is_null:
+                        raise ValueError(f"no {column}, which {reader} needs")
+                except ValueError as error:
+                    fix = "mend or drop the row" + (
+                        "" if check_gold else f", or give the parameter {column} a default"
+                    )
+                    self.refuse("dataset_name", f"{name}, split {split}, row {number}: {error}", fix)
+                    return
+            if nulls:
+                self.report.lines.append(
+                    f"data: {nulls} rows of {split} have no {column}: {reader} does not rate them"
+                )
 
     def _how_to_make(self, name: str) -> str:
         """Return the command that makes a prepared folder, or the hint about the Hub."""

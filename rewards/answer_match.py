@@ -77,7 +77,7 @@ def passage_retrieved(completions, **columns) -> list[float | None]:
 
 def _match(completion, gold: list[str] | None) -> tuple[float, float] | tuple[None, None]:
     """Return exact match and F1 of a completion, or None for a row without answers."""
-    gold = gold_value(gold, "answer_match: answers", "a list of texts for each row, [] for no answer", _read_answers)
+    gold = _gold_answers(gold)
     if gold is None:
         return None, None
     text = last_reply(completion)
@@ -92,9 +92,16 @@ def _match(completion, gold: list[str] | None) -> tuple[float, float] | tuple[No
     return float(tokens in expected), max(_f1(tokens, answer) for answer in expected)
 
 
-def _read_answers(gold) -> list[str] | None:
-    is_list = isinstance(gold, list | tuple) and all(isinstance(text, str) and text.strip() for text in gold)
-    return gold if is_list else None
+def _gold_answers(gold: list[str] | None) -> list[str] | None:
+    def read(gold) -> list[str] | None:
+        is_list = isinstance(gold, list | tuple) and all(isinstance(text, str) and text.strip() for text in gold)
+        return gold if is_list else None
+
+    return gold_value(gold, "answer_match: answers", "a list of texts for each row, [] for no answer", read)
+
+
+for _function in (answer_match_reward, answer_exact, answer_f1):
+    _function.check_gold = _gold_answers
 
 
 def _tokens(text: str) -> list[str]:

@@ -150,11 +150,17 @@ def _succeeded(call: ToolCall) -> bool:
     return call.result is not None and not call.failed
 
 
+def _gold_number(gold: str | float | None) -> Number | None:
+    wanted = "one number, such as 72, 1,234, 3/4, 50% or \\frac{1}{2}, with a unit or none"
+    return gold_value(gold, "calculation: answer", wanted, lambda value: last_number(str(value), whole=True))
+
+
+calculation_reward.check_gold = calculation_accuracy.check_gold = _gold_number
+
+
 def _is_right(completion, gold: str | float | None, tolerance: float) -> bool | None:
     """Whether a completion ends on the answer of its row; None where the row has none."""
-    wanted = "one number, such as 72, 1,234, 3/4, 50% or \\frac{1}{2}, with a unit or none"
-    expected = gold_value(gold, "calculation: answer", wanted, lambda value: last_number(str(value), whole=True))
-    actual = last_number(last_reply(completion))
+    expected, actual = _gold_number(gold), last_number(last_reply(completion))
     if expected is None:
         return None
     if actual is None:

@@ -49,6 +49,10 @@ def _normalize(text: str) -> str:
     return unicodedata.normalize("NFKC", text).lower()
 
 
+def _gold_letter(gold: str | None) -> str | None:
+    return gold_value(gold, "choice: answer", "A, B, C or D", lambda text: text if text in list("ABCD") else None)
+
+
 def choice_reward(
     completions,
     answer,
@@ -79,10 +83,6 @@ def choice_reward(
         score = float(values.get(chosen(last_reply(completion)), wrong))
         scores.append(None if gold is None else score)
     return scores
-
-
-def _gold_letter(gold: str | None) -> str | None:
-    return gold_value(gold, "choice: answer", "A, B, C or D", lambda text: text if text in list("ABCD") else None)
 
 
 def choice_accuracy(completions, answer, **columns) -> list[float | None]:
@@ -133,3 +133,7 @@ def reasoning_length_reward(completions, *, least: int = 100, **columns) -> list
         )
         scores.append(min(1.0, len(match[1].strip()) / least) if match else 0.0)
     return scores
+
+
+for _function in (choice_reward, choice_accuracy, choice_accuracy_of_answered):
+    _function.check_gold = _gold_letter

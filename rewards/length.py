@@ -1,5 +1,6 @@
 """Reward a completion for its length in characters."""
 
+import functools
 import math
 
 from grpo_launcher.messages import gold_text, last_reply
@@ -57,3 +58,6 @@ def length_similarity_reward(completions, reference, **columns) -> list[float | 
         score = shorter / longer if longer else 1.0
         scores.append(None if text is None else score)
     return scores
+
+
+length_similarity_reward.check_gold = functools.partial(gold_text, reward="length_similarity_reward")

@@ -42,6 +42,9 @@ def rouge_reward(completions, reference, *, weights: dict[str, float] | None = N
     return scores
 
 
+rouge_reward.check_gold = functools.partial(gold_text, reward="rouge_reward")
+
+
 def _f1_scores(reference: str, completion: str, kinds: tuple[str, ...]) -> dict[str, float]:
     from rouge_score import scoring
 

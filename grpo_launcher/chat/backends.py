@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,6 @@ from grpo_launcher.errors import UserError, first_line
 from grpo_launcher.messages import transcript
 
 Prompt = str | list[dict]
-WORK_THREAD = "completion"
 STOP_PATIENCE_S = 3  # how long a stopped completion may go on before it is left alone
 
 
@@ -105,7 +104,7 @@ def converse(
     prompt = chat_prompt(model.is_seq2seq, settings.system_prompt, history, last.prompt)
     completion = last.completions[model.name] = Completion()
     arguments = (model, prompt, settings, rewards, stop, completion)
-    work = threading.Thread(target=_complete, args=arguments, name=WORK_THREAD, daemon=True)
+    work = threading.Thread(target=_complete, args=arguments, daemon=True)
     work.start()
     stopped_at = None
     while work.is_alive():
@@ -118,15 +117,6 @@ def converse(
                 completion = last.completions[model.name] = replace(completion, stopped=True, error=problem)
                 break
     yield completion
-
-
-def end_work(stops: Iterable[threading.Event]) -> None:
-    """Stop all completions and wait for them. Python aborts when it ends while a model computes in a thread."""
-    for stop in stops:
-        stop.set()
-    for work in threading.enumerate():
-        if work.name == WORK_THREAD:
-            work.join(STOP_PATIENCE_S)
 
 
 def _complete(model, prompt: Prompt, settings: GenerationSettings, rewards, stop, completion: Completion) -> None:

@@ -1,10 +1,13 @@
 """The page: models side by side, blind votes between two of them, and the curves of their run."""
 
+import contextlib
 import functools
 import html
 import json
+import os
 import random
 import secrets
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +22,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from grpo_launcher import report, runs
-from grpo_launcher.chat.backends import Completion, Turn, converse, end_work
+from grpo_launcher.chat.backends import Completion, Turn, converse
 from grpo_launcher.chat.models import GenerationSettings
 from grpo_launcher.errors import UserError
 from grpo_launcher.evaluate import RewardSet
@@ -65,8 +68,11 @@ class Page:
         except (OSError, OverflowError) as error:
             raise UserError(f"--port {port}", f"cannot be had: {error}", "name another, or none") from error
         print(f"Open {self.address} (Ctrl-C ends it). Blind votes go to {self.votes}", flush=True)
-        blocks.block_thread()
-        end_work(self.stops.values())
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        # All is written. Python's own end waits for gradio's threads, and aborts while a model computes in one.
+        sys.stdout.flush()
+        os._exit(0)
 
     def blocks(self) -> gr.Blocks:
         """Lay the page out and connect its parts."""
