@@ -293,9 +293,10 @@ class _Check:
 
     def _golds(self, reader: str, columns: list[str], check_gold: Callable | None = None) -> None:
         """Look at what `reader` needs in every row. Without `check_gold` a null is refused, with it only told."""
-        name, columns = self.report.values["dataset_name"], set(columns) & set(self.report.data.columns)
-        for split, column in itertools.product(self.splits, sorted(columns)):
-            nulls = 0
+        name, nulls = self.report.values["dataset_name"], 0
+        for split, column in itertools.product(self.splits, columns):
+            if column not in self.report.data.columns:
+                continue  # load_rewards, or _prompts, has told it
             for number, value in enumerate(column_values(self.splits[split], column), 1):
                 is_null = pd.isna(value) is True
                 nulls += is_null
@@ -305,15 +306,11 @@ class _Check:
                     elif is_null:
                         raise ValueError(f"no {column}, which {reader} needs")
                 except ValueError as error:
-                    fix = "mend or drop the row" + (
-                        "" if check_gold else f", or give the parameter {column} a default"
-                    )
+                    fix = "mend the row, drop it, or give the reward's parameter a default"
                     self.refuse("dataset_name", f"{name}, split {split}, row {number}: {error}", fix)
                     return
-            if nulls:
-                self.report.lines.append(
-                    f"data: {nulls} rows of {split} have no {column}: {reader} does not rate them"
-                )
+        if nulls:
+            self.report.lines.append(f"data: {nulls} rows have no {column}: {reader} does not rate them")
 
     def _how_to_make(self, name: str) -> str:
         """Return the command that makes a prepared folder, or the hint about the Hub."""

@@ -116,6 +116,10 @@ def home(tmp_path_factory):
         "mixed": [*chats, {"prompt": "The cat."}],
         "keyword": [row | {"completions": "a", "trainer_state": "b"} for row in chats],
         "no-gold": [*chats, {"prompt": chat(64), "reference": None}],
+        "no-number": [
+            *({"prompt": chat(i), "answer": str(i + 1)} for i in range(64)),
+            {"prompt": chat(64), "answer": "some"},
+        ],
         "parts": [{"prompt": [{"role": "user", "content": [{"type": "text", "text": "The cat."}]}]}] * 64,
     }.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -283,15 +287,22 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
         "dataset_name",
         "row 1: prompt is",
     ),
-    "a null that a reward reads": (
+    "a gold answer that is no number": (
         None,
         0,
-        f"{ROUGE} --dataset_name no-gold.jsonl",
+        "--reward_funcs rewards.calculation.calculation_accuracy --dataset_name no-number.jsonl",
         "dataset_name",
-        "row 65 has no ref",
+        "no-number.jsonl, split train, row 65: calculation: answer is 'some'",
     ),
-    "NaN": (None, 0, "--reward_funcs tools.py:scored --dataset_name saved", "dataset_name", "row 64 has no score"),
-    "a null in SFT": (None, 1, f"{SFT} --dataset_name no-gold.jsonl", "dataset_name", "row 65 has no reference"),
+    "a gold answer that is no letter": (
+        None,
+        0,
+        "--reward_funcs rewards.choice.choice_reward --dataset_name no-number.jsonl",
+        "dataset_name",
+        "row 1: choice: answer is '1'",
+    ),
+    "a null": (None, 0, "--reward_funcs tools.py:scored --dataset_name saved", "dataset_name", "row 64: no score, w"),
+    "a null in SFT": (None, 1, f"{SFT} --dataset_name no-gold.jsonl", "dataset_name", "row 65: no reference, which"),
     "a template without system": (None, 0, f"{LENGTH} --model_name_or_path no-system", "no-system", "System role not"),
     "such a template and a stream": (
         "tldr_stream",
@@ -366,6 +377,13 @@ def test_what_no_reward_of_the_run_reads_may_be_null(name, check):
     """Text parts are fine too."""
     report = check(None, 0, *f"{LENGTH} --dataset_name {name}".split())
     assert report.problems == report.missing == [] and report.data.rows >= 64 and report.data.longest_prompt > 2
+
+
+def test_the_rewards_of_this_project_leave_rows_without_gold_out(check):
+    """As in data of several tasks. The plan says how many."""
+    report = check(None, 0, *f"{ROUGE} --dataset_name no-gold.jsonl".split())
+    assert report.problems == report.missing == []
+    assert "data: 1 rows have no reference: rouge_reward does not rate them" in report.lines
 
 
 def test_a_server_on_several_gpus_must_divide_the_heads(check):
