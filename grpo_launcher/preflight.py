@@ -502,7 +502,3 @@ def main() -> None:
         report = Report(problems=[str(error)])
     with answer:
         json.dump(asdict(report), answer)
-
-
-if __name__ == "__main__":
-    main()

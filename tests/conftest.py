@@ -1,6 +1,7 @@
 """Settings of all tests, and which of them see a GPU: those of tests/gpu alone."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from grpo_launcher.launch.hardware import find_gpus
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network the client retries for minutes
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads make a run beside another process 20 times slower
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers of pytest share two cores
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, as would its children
 
 
 GPU_TESTS = Path(__file__).parent / "gpu"

@@ -160,7 +160,7 @@ STUB = f'''#!{sys.executable} -IS
 """Stands for every Python that the launcher starts. It stays at the stage that STUB_STAGE names."""
 import os, pathlib, signal, subprocess, sys, time
 
-module = sys.argv[sys.argv.index("-m") + 1]
+module = "preflight" if "-c" in sys.argv else sys.argv[sys.argv.index("-m") + 1]
 stage = os.environ["STUB_STAGE"]
 LAYOUT = {{"method": "grpo", "is_seq2seq": False, "parallel": "zero3", "ranks": 2}}
 LAYOUT |= {{"use_vllm": True, "starts_server": True}}
@@ -177,7 +177,7 @@ def stay():
     time.sleep(300)
 
 
-if module == "grpo_launcher.preflight":
+if module == "preflight":
     if stage == "preflight":
         stay()
     if stage == "prepare":
