@@ -290,6 +290,9 @@ def _require(values: dict) -> None:
         raise UserError("model_name_or_path", "missing", "give a Hub id or a folder")
     if not values["dataset_name"]:
         raise UserError("dataset_name", "missing", "give a prepared folder (data/tldr), a file of rows or a Hub id")
+    if values["hub_token"]:
+        problem = "it would stand in the run's folder for all to read"
+        raise UserError("hub_token", problem, "set HF_TOKEN in the environment, or run `hf auth login` once")
     if values["push_to_hub"] and not values["hub_model_id"]:
         raise UserError("push_to_hub", "hub_model_id is missing", "give it, for example you/short-summaries")
 

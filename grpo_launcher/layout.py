@@ -8,23 +8,26 @@ from grpo_launcher.errors import UserError
 SERVER_FIELDS = ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_model_impl", "vllm_server_args")
 SERVER_TIMEOUT = 900.0  # seconds to wait for the vLLM server, which loads and compiles; TRL's default is 240
 CPU_RANKS = 2
+BF16_CAPABILITY = 8.0  # GPUs from Ampere on
 
 
 @dataclass
 class Gpu:
-    """A GPU: its id, as CUDA_VISIBLE_DEVICES takes it, and its memory in GiB."""
+    """A GPU: its id, as CUDA_VISIBLE_DEVICES takes it, its memory in GiB, and its compute capability."""
 
     id: str
     memory: float
+    capability: float = 8.0
 
 
 @dataclass
 class Hardware:
-    """What this process may use: GPUs, CPU cores, and main memory in GiB."""
+    """What this process may use: GPUs, CPU cores, and main memory in GiB. is_real: found here, and not assumed."""
 
     gpus: list[Gpu]
     cpus: list[int]
     memory: float
+    is_real: bool = False
 
 
 @dataclass
@@ -152,7 +155,14 @@ def _choose_devices(choice: _Choice, layout: Layout, hardware: Hardware) -> None
         choice.refuse("use_cpu", "true, and there are GPUs", "hide them: CUDA_VISIBLE_DEVICES= in the environment")
     elif not has_gpu:
         choice.need("use_cpu", True, "a machine without a GPU")
-    choice.default("bf16", has_gpu and not choice.values["fp16"])
+    old = next((gpu for gpu in hardware.gpus if gpu.capability < BF16_CAPABILITY), None)
+    if old and choice.values["bf16"] and "bf16" in choice.given:
+        problem = (
+            f"true, and GPU {old.id} has compute capability {old.capability}: vLLM needs {BF16_CAPABILITY} for it"
+        )
+        choice.refuse("bf16", problem, "fp16: true")
+    choice.default("fp16", old is not None)
+    choice.default("bf16", has_gpu and not old and not choice.values["fp16"])
     if choice.values["fp16"] and not has_gpu:
         choice.refuse("fp16", "true, and the CPU has no such mode", "leave it out, or use bf16")
 

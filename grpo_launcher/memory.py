@@ -91,6 +91,9 @@ def _check_server(values: dict, layout: Layout, parameters: int) -> list[UserErr
         problems.append(UserError("--vllm_gpus", problem, "give a larger number"))
     if layout.use_vllm and layout.vllm_mode == "server" and values["weight_sync"] == "disk":
         folder = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
+        if not os.path.isdir(folder):
+            problems.append(UserError("GRPO_SHARED_MEMORY", f"there is no folder {folder}", "make it, or unset it"))
+            return problems
         size = (2 if layout.train_gpus else 4) * parameters / GIB
         free = shutil.disk_usage(folder).free / GIB
         if size > free:

@@ -132,10 +132,20 @@ class _Check:
         if is_seq2seq:
             self.collect(seq2seq.check_seq2seq(report.values, self.model_config, self.tokenizer))
         report.values |= filled
+        self._gpus()
         count, heads = len(report.layout.server_gpus), report.model and report.model.heads
         if count and heads and heads % count:
             valid = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
             self.refuse("--vllm_gpus", f"{count}: the model has {heads} attention heads", f"use one of {valid}")
+
+    def _gpus(self) -> None:
+        """Ask torch for the GPUs that nvidia-smi lists."""
+        listed, seen = len(self.hardware.gpus), torch.cuda.device_count()
+        if self.hardware.is_real and seen < listed:
+            built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
+            problem = f"nvidia-smi lists {listed}, and torch {torch.__version__}, built {built}, sees {seen}"
+            fix = "update the driver, or remove the folder .venv so that it is installed for GPUs, or run "
+            self.refuse("GPU", problem, fix + "without them: CUDA_VISIBLE_DEVICES= in the environment")
 
     def combinations(self) -> None:
         """Refuse what TRL cannot do together."""

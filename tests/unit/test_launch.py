@@ -294,11 +294,12 @@ def test_accelerate_gets_ranks_port_and_precision(gpus, flags, kind, precision, 
 def test_visible_devices_are_respected(monkeypatch, tmp_path):
     """CUDA_VISIBLE_DEVICES chooses and orders. A GPU that is not there, or is named twice, is refused."""
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\nprintf '0, GPU-aa, 24576\\n1, GPU-bb, 24576\\n2, GPU-cc, 24576\\n'\n")
+    rows = [f"{index}, GPU-{letter * 2}, 24576, 9.0" for index, letter in enumerate("abc")]
+    fake.write_text("#!/bin/sh\necho '" + "\n".join(rows) + "'\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert hardware.find_gpus() == [Gpu(index, 24.0) for index in "012"]
+    assert hardware.find_gpus() == [Gpu(index, 24.0, 9.0) for index in "012"]
     for visible, found in {"2,GPU-aa": ["2", "GPU-aa"], "": [], "-1": [], "NoDevFiles": []}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [gpu.id for gpu in hardware.find_gpus()] == found
@@ -306,3 +307,44 @@ def test_visible_devices_are_respected(monkeypatch, tmp_path):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         with pytest.raises(UserError, match=message):
             hardware.find_gpus()
+
+
+SLICES = """GPU 0: NVIDIA A100 (UUID: GPU-aa)
+  MIG 3g.20gb     Device  0: (UUID: MIG-11)
+  MIG 1g.5gb+me   Device  1: (UUID: MIG-22)
+GPU 1: NVIDIA H100 (UUID: GPU-bb)
+  MIG 1g.10gb     Device  0: (UUID: MIG-33)"""
+
+
+def test_gpus_without_memory_of_their_own_and_slices_of_gpus(monkeypatch, tmp_path):
+    """nvidia-smi has no memory for a GPU that shares the machine's, and lists slices (MIG) elsewhere."""
+    fake = tmp_path / "nvidia-smi"
+    rows = "0, GPU-aa, [N/A], 8.0\n1, GPU-bb, 81559, 9.0"
+    fake.write_text(f"#!/bin/sh\n[ $1 = -L ] && echo '{SLICES}' || echo '{rows}'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shared, own = hardware.find_gpus()
+    assert shared.memory == hardware.find_hardware(0).memory and round(own.memory) == 80
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-33,MIG-22")
+    assert hardware.find_gpus() == [Gpu("MIG-33", 10.0, 9.0), Gpu("MIG-22", 5.0, 8.0)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-44")
+    with pytest.raises(UserError, match="no GPU MIG-44"):
+        hardware.find_gpus()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limits_of_a_container_hold(version, monkeypatch, tmp_path):
+    """Its own and those of the groups around it, in both versions of control groups."""
+    group = tmp_path / "cgroup"
+    group.write_text("0::/outer/inner\n" if version == 2 else "4:cpu,memory:/outer/inner\n1:pids:/\n0::/\n")
+    root = tmp_path if version == 2 else tmp_path / "memory"
+    (root / "outer/inner").mkdir(parents=True)
+    name = "memory.max" if version == 2 else "memory.limit_in_bytes"
+    (root / "outer" / name).write_text(f"{2**30}\n")
+    (root / "outer/inner" / name).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    (root / "outer/inner/cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(hardware, "CGROUP", group)
+    monkeypatch.setattr(hardware, "CGROUP_ROOT", tmp_path)
+    found = hardware.find_hardware(0)
+    assert found.memory == 1.0 and (len(found.cpus) == 1 or version == 1)

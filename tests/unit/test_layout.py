@@ -172,3 +172,13 @@ def test_ranks_that_somebody_else_started_keep_trls_meaning():
     layout, values, refused = choose(4, options=Options(ranks=2), use_vllm=True)
     assert refused == [] and layout.vllm_mode == values["vllm_mode"] == VALUES["vllm_mode"]
     assert not layout.starts_server
+
+
+def test_gpus_before_ampere_get_fp16():
+    """A bf16 that is given is refused at once, as vLLM would refuse it later."""
+    hardware = Hardware([Gpu("0", 24), Gpu("1", 24, 7.5)], [0, 1], 32)
+    for given, expected in {None: (False, True), "fp16": (False, True), "bf16": (True, False)}.items():
+        values = VALUES | ({given: True} if given else {})
+        _, filled, problems = choose_layout(values, [given] if given else [], hardware, Options(), False)
+        assert ((values | filled)["bf16"], (values | filled)["fp16"]) == expected or problems
+        assert [problem.field for problem in problems] == (["bf16"] if given == "bf16" else [])

@@ -270,6 +270,7 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
     "too few prompts": ("quickstart", 0, "--dataset_name seven", "dataset_name", "7 prompts"),
     "context of the server": ("tldr_length", 4, "--vllm_max_model_length 260", "vllm_max_model_length", "length 4"),
     "context of the model": ("quickstart", 0, "--max_completion_length 2040", "max_completion_length", "is 2048"),
+    "token": (None, 0, f"{LENGTH} --hub_token hf_secret", "hub_token", "HF_TOKEN in the environment"),
     "no reward": (None, 0, "", "reward_funcs", "give at least one"),
     "missing column": ("tldr_rouge", 4, "--dataset_name bare", "reward_funcs", "needs the column reference"),
     "reward model": (None, 0, "--reward_funcs owner/nothing", "reward_funcs", "owner/nothing is no reward model"),
@@ -384,6 +385,19 @@ def test_the_rewards_of_this_project_leave_rows_without_gold_out(check):
     report = check(None, 0, *f"{ROUGE} --dataset_name no-gold.jsonl".split())
     assert report.problems == report.missing == []
     assert "data: 1 rows have no reference: rouge_reward does not rate them" in report.lines
+
+
+def test_gpus_that_torch_does_not_see_are_told(check):
+    """As with torch for CPUs, or with a driver that is too old. Nothing is known of GPUs that are assumed."""
+    argv = f"--model_name_or_path model --dataset_name chat {LENGTH}".split()
+    (problem,) = preflight(argv, Hardware([Gpu("0", 80)], [0, 1], 64, is_real=True), Options()).problems
+    assert problem.startswith("GPU: nvidia-smi lists 1, and torch ") and "sees 0" in problem
+
+
+def test_a_folder_for_weights_that_is_not_there_is_refused(check, monkeypatch):
+    monkeypatch.setenv("GRPO_SHARED_MEMORY", "nowhere")
+    (problem,) = check(None, 0, *LENGTH.split()).problems
+    assert problem.startswith("GRPO_SHARED_MEMORY: there is no folder nowhere")
 
 
 def test_a_server_on_several_gpus_must_divide_the_heads(check):
