@@ -44,6 +44,7 @@ class Run:
     commands: dict = field(
         default_factory=dict
     )  # {"trainer": {"argv", "env"}, "server": ...}; empty without the launcher
+    plan: list[str] = field(default_factory=list)  # its lines, as printed
     versions: dict = field(default_factory=dict)
 
     def write(self) -> None:

@@ -173,6 +173,7 @@ def _write_run(
         layout=asdict(layout),
         options=asdict(options),
         commands={name: asdict(command) for name, command in started.items()},
+        plan=report.lines,
     )
     run.write()
     accelerate = commands.accelerate_config(values, layout, rendezvous)

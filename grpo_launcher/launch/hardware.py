@@ -28,19 +28,25 @@ def find_hardware(assumed_gpus: int | None = None, assumed_memory: float = 24) -
 def _machine_memory() -> float:
     """Return the GiB of this machine, or those that its container or control group allows."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    limits += [int(text) for text in _cgroup("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()]
+    limits += [int(text) for text in cgroup("memory", "memory.max", "memory.limit_in_bytes") if text.isdigit()]
     return min(limits) / GIB
 
 
 def _core_limit() -> int | None:
     """Return how many cores the control group's quota amounts to, at least 1; None where it has none."""
-    quotas = [text.split() for text in _cgroup("cpu", "cpu.max", None)]
+    quotas = [text.split() for text in cgroup("cpu", "cpu.max", None)]
     cores = [int(quota) / int(period) for quota, period in quotas if quota.isdigit()]
     return max(1, round(min(cores))) if cores else None
 
 
-def _cgroup(controller: str, name: str, old_name: str | None) -> list[str]:
-    """Return what a file says in this process's control group and in those around it, of version 2 or 1."""
+def cgroup(controller: str, name: str, old_name: str | None) -> list[str]:
+    """Return what a file says in this process's control group and in those around it.
+
+    Args:
+        controller: of version 1, as cpu or memory.
+        name: the file in version 2.
+        old_name: the file in version 1, or None where it is not asked for.
+    """
     found = []
     for line in CGROUP.read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -93,7 +93,7 @@ def stop(child: subprocess.Popen) -> None:
 def kill_descendants() -> None:
     """KILL every process that descends from this one, and wait until they are gone."""
     deadline = time.monotonic() + GRACE
-    while (pids := _descendants(os.getpid())) and time.monotonic() < deadline:
+    while (pids := descendants()) and time.monotonic() < deadline:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -106,7 +106,8 @@ def kill_descendants() -> None:
         time.sleep(0.05)
 
 
-def _descendants(root: int) -> list[int]:
+def descendants() -> list[int]:
+    """Return the ids of all processes that descend from this one."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -114,7 +115,7 @@ def _descendants(root: int) -> list[int]:
         except (OSError, ValueError):
             continue
         parents[int(pid)] = int(rest.rpartition(") ")[2].split()[1])
-    found = [root]
+    found = [os.getpid()]
     for ancestor in found:
         found += [pid for pid, parent in parents.items() if parent == ancestor]
     return found[1:]

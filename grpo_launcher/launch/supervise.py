@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from grpo_launcher.errors import EXIT_GUARD
-from grpo_launcher.launch.processes import start, start_undertaker, stop
+from grpo_launcher.launch.hardware import GIB, cgroup
+from grpo_launcher.launch.processes import descendants, start, start_undertaker, stop
 from grpo_launcher.runs import STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
@@ -37,6 +39,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
     children, undertaker, server = [], None, None
+    witness = Witness(run)
     with (
         shared,
         open(run.folder / "train.log", "ab") as train_log,
@@ -54,25 +57,80 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
             undertaker = start_undertaker(children, shared.name)
             echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log), daemon=True)
             echo.start()
-            status = _watch(run.folder, trainer, server, server_url, server_timeout)
+            status = _watch(witness, trainer, server, server_url, server_timeout)
             if status is None:
                 return EXIT_SERVER_LOST
             echo.join(5)
             if (run.folder / STOPPED).exists():
                 return EXIT_GUARD
             if status:
-                log = run.folder / "train.log"
-                print(
-                    f"\nThe trainer failed (exit status {status}). All of it: {log}\n{first_traceback(log)}",
-                    file=sys.stderr,
-                )
+                print(f"\n{witness.failure(status)}", file=sys.stderr)
             return status
         finally:
+            witness.is_over.set()
             for child in children:
                 stop(child)
             if undertaker:
                 undertaker.kill()
                 undertaker.communicate()
+
+
+class Witness:
+    """What is known of a run's processes when one of them ends: their logs, their memory, and the kernel's kills."""
+
+    def __init__(self, run: Run):
+        self.folder, self.plan = run.folder, run.plan
+        logs = (run.folder / name for name in ("train.log", "server.log"))
+        self.starts = {log.name: log.stat().st_size if log.exists() else 0 for log in logs}  # of a run that is resumed
+        self.kills = memory_kills()
+        self.peaks = {}  # process id -> GiB, while it lives
+        self.is_over = threading.Event()
+        threading.Thread(target=self._measure, daemon=True).start()
+
+    def _measure(self) -> None:
+        while not self.is_over.wait(1):
+            for pid in descendants():
+                with suppress(OSError):
+                    if match := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
+                        self.peaks[pid] = int(match[1]) * 1024 / GIB
+
+    def log(self, name: str) -> str:
+        """Return what this launch has added to a log."""
+        with open(self.folder / name, "rb") as file:
+            file.seek(self.starts[name])
+            return file.read().decode(errors="replace")
+
+    def failure(self, status: int) -> str:
+        """Say why the trainer failed: the signal that ended a rank first, or else the first traceback."""
+        text = self.log("train.log")
+        place = f"All of it: {self.folder / 'train.log'}"
+        # The reports of torchrun, and of accelerate where there is one rank.
+        match = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", text)
+        if match:
+            return self.killed(f"Rank {match[2]}", int(match[1]), int(match[3]), text, place)
+        if match := re.search(r"died with <Signals\.\w+: (\d+)>", text):
+            return self.killed("The trainer", int(match[1]), None, text, place)
+        return f"The trainer failed (exit status {status}). {place}\n{first_traceback(text)}"
+
+    def killed(self, who: str, number: int, pid: int | None, text: str, place: str) -> str:
+        """Say which signal ended a process, and for KILL whether the memory had run out."""
+        held = f" It held up to {self.peaks[pid]:.1f} GiB." if pid in self.peaks else ""
+        message = f"{who} was ended by signal {number} ({signal.Signals(number).name}).{held}"
+        if number != signal.SIGKILL:
+            return f"{message} {place}\n{first_traceback(text)}"
+        if memory_kills() == self.kills:
+            return f"{message} The memory had not run out: another program, or a person, sent it. {place}"
+        plan = "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
+        fix = (
+            "lower per_device_train_batch_size or max_completion_length, use LoRA (use_peft: true), or a smaller model"
+        )
+        return f"{message} The memory had run out, and the kernel chose this process.{plan} Fix: {fix}. {place}"
+
+
+def memory_kills() -> int:
+    """Return how many processes the kernel has ended because memory ran out, in this control group or this machine."""
+    texts = [*cgroup("memory", "memory.events", "memory.oom_control"), Path("/proc/vmstat").read_text()]
+    return sum(int(count) for text in texts for count in re.findall(r"^oom_kill (\d+)", text, re.MULTILINE))
 
 
 def _echo(pipe, log) -> None:
@@ -86,7 +144,7 @@ def _echo(pipe, log) -> None:
 
 
 def _watch(
-    folder: Path, trainer: subprocess.Popen, server: subprocess.Popen | None, url: str | None, timeout: float
+    witness: Witness, trainer: subprocess.Popen, server: subprocess.Popen | None, url: str | None, timeout: float
 ) -> int | None:
     """Wait for the trainer's end. Returns its exit status, or None where the server was lost first."""
     if server is None:
@@ -97,7 +155,7 @@ def _watch(
         time.sleep(0.2)
         now = time.monotonic()
         if server.poll() is not None:
-            return _report_lost_server(folder, f"ended with exit status {server.returncode}")
+            return _report_lost_server(witness, "ended", server)
         if now - last_check > (10 if is_up else 1):
             last_check = now
             if _is_healthy(url):
@@ -107,16 +165,21 @@ def _watch(
                     print(f"The vLLM server is up after {last_healthy - started:.0f} s.", flush=True)
         if not is_up and now - last_message > 15:
             last_message = now
-            last_line = _last_line(folder / "server.log")
+            last_line = _last_line(witness.folder / "server.log")
             print(f"Waiting for the vLLM server ({now - started:.0f} s): {last_line}", flush=True)
         if now - last_healthy > (UNHEALTHY_LIMIT if is_up else timeout):
-            return _report_lost_server(folder, f"gave no healthy answer for {now - last_healthy:.0f} s")
+            return _report_lost_server(witness, f"gave no healthy answer for {now - last_healthy:.0f} s")
     return status
 
 
-def _report_lost_server(folder: Path, what: str) -> None:
-    log = folder / "server.log"
-    print(f"\nThe vLLM server {what}. All of it: {log}\n{first_traceback(log)}", file=sys.stderr)
+def _report_lost_server(witness: Witness, what: str, server: subprocess.Popen | None = None) -> None:
+    text, place = witness.log("server.log"), f"All of it: {witness.folder / 'server.log'}"
+    if server and server.returncode < 0:
+        message = witness.killed("The vLLM server", -server.returncode, server.pid, text, place)
+    else:
+        what += f" with exit status {server.returncode}" if server else ""
+        message = f"The vLLM server {what}. {place}\n{first_traceback(text)}"
+    print(f"\n{message}", file=sys.stderr)
 
 
 def _is_healthy(url: str) -> bool:
@@ -131,9 +194,9 @@ def _last_line(log: Path) -> str:
     return " ".join(log.read_text(errors="replace").strip().rpartition("\n")[2].split())[:120] or "no output yet"
 
 
-def first_traceback(log: Path) -> str:
-    """Return the first Python traceback near the log's end, or its last lines where there is none."""
-    lines = log.read_text(errors="replace").splitlines()[-400:]
+def first_traceback(log: str) -> str:
+    """Return the first Python traceback near a log's end, or its last lines where there is none."""
+    lines = log.splitlines()[-400:]
     starts = ("Traceback (most recent call last)", "Fatal Python error")
     first = next((i for i, line in enumerate(lines) if any(start in line for start in starts)), None)
     if first is None:

@@ -65,9 +65,8 @@ def run(tmp_path, monkeypatch, capfd):
         commands = {"trainer": command(trainer)}
         if server:
             commands["server"] = command(server.replace("PORT", str(port)))
-        status = supervise(
-            Run(tmp_path, "stub", {}, [], commands=commands), f"http://127.0.0.1:{port}" if server else None, timeout
-        )
+        stub = Run(tmp_path, "stub", {}, [], commands=commands, plan=["memory: 0.1 GiB", "context: 2"])
+        status = supervise(stub, f"http://127.0.0.1:{port}" if server else None, timeout)
         assert len(started) == len(commands) and all(child.poll() is not None for child in started)
         assert list((tmp_path / "shm").iterdir()) == []
         started.clear()
@@ -127,8 +126,49 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     (tmp_path / "server.log").touch()
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
     server = SimpleNamespace(poll=lambda: None)
-    assert supervise_module._watch(tmp_path, trainer, server, "url", 900) == status
+    witness = SimpleNamespace(folder=tmp_path, log=lambda name: "")
+    assert supervise_module._watch(witness, trainer, server, "url", 900) == status
     assert seconds[0] == pytest.approx(end, abs=11)
+
+
+KILLED = """
+import os, signal, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", "x = bytearray(2**28); import time; time.sleep(300)"])
+time.sleep(3)
+rank.kill()
+status = rank.wait()
+print(f"E0101 failed (exitcode: {status}) local_rank: 1 (pid: {rank.pid}) of binary: env", file=sys.stderr)
+print("Traceback (most recent call last):\\n  torchrun's own\\nFailures:", file=sys.stderr)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("is_memory", [False, True], ids=["by somebody", "by the kernel"])
+def test_a_rank_that_is_killed_is_named_with_the_reason(is_memory, run, tmp_path, capfd, monkeypatch):
+    """In place of torchrun's own traceback, with what the rank held. An earlier start's report is not read again."""
+    (tmp_path / "train.log").write_text("failed (exitcode: -9) local_rank: 7 (pid: 1) of binary: env\n")
+    counts = iter([3, 4 if is_memory else 3])
+    monkeypatch.setattr(supervise_module, "memory_kills", lambda: next(counts))
+    assert run(KILLED) == 1
+    errors = capfd.readouterr().err
+    assert "Rank 1 was ended by signal 9 (SIGKILL). It held up to 0.3 GiB." in errors and "Traceback" not in errors
+    assert ("The memory had run out" in errors) == ("per_device_train_batch_size" in errors) == is_memory
+    assert ("The plan said memory: 0.1 GiB." in errors) == is_memory
+
+
+def test_a_server_that_is_killed_is_named(run, capfd):
+    """A signal that Python reports itself comes with its traceback."""
+    assert run(STAY, "import os; os.kill(os.getpid(), 9)") == supervise_module.EXIT_SERVER_LOST
+    assert "The vLLM server was ended by signal 9 (SIGKILL)." in capfd.readouterr().err
+    abort = "import os, faulthandler; faulthandler.enable(); os.abort()"
+    assert run(STAY, abort) == supervise_module.EXIT_SERVER_LOST
+    errors = capfd.readouterr().err
+    assert "signal 6 (SIGABRT)" in errors and "Fatal Python error: Aborted" in errors
+
+
+def test_memory_kills_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(supervise_module, "cgroup", lambda *names: ["oom 9\noom_kill 2\noom_group_kill 5"])
+    assert supervise_module.memory_kills() >= 2
 
 
 def test_the_stop_of_a_guard_has_its_own_status(run, tmp_path, capfd):
@@ -149,9 +189,8 @@ def test_the_stop_of_a_guard_has_its_own_status(run, tmp_path, capfd):
         (["x", "Fatal Python error: Aborted", "", "  a"], "Fatal", "  a"),
     ],
 )
-def test_the_first_traceback_of_a_log_keeps_its_last_line(text, first, last, tmp_path):
-    (tmp_path / "log").write_text("\n".join(text))
-    lines = first_traceback(tmp_path / "log").splitlines()
+def test_the_first_traceback_of_a_log_keeps_its_last_line(text, first, last):
+    lines = first_traceback("\n".join(text)).splitlines()
     assert lines[0].startswith(first) and lines[-1] == last and len(lines) <= 50
     assert any("E: x" in line for line in lines) == any("E: x" in line for line in text)
 
