@@ -104,15 +104,12 @@ class Witness:
         """Say why the trainer failed: the signal that ended a rank first, or else the first traceback."""
         text = self.log("train.log")
         place = f"All of it: {self.folder / 'train.log'}"
-        # The reports of torchrun, and of accelerate where there is one rank.
-        match = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", text)
-        if match:
+        # torchrun's report, whose own traceback says less
+        if match := re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", text):
             return self.killed(f"Rank {match[2]}", int(match[1]), int(match[3]), text, place)
-        if match := re.search(r"died with <Signals\.\w+: (\d+)>", text):
-            return self.killed("The trainer", int(match[1]), None, text, place)
         return f"The trainer failed (exit status {status}). {place}\n{first_traceback(text)}"
 
-    def killed(self, who: str, number: int, pid: int | None, text: str, place: str) -> str:
+    def killed(self, who: str, number: int, pid: int, text: str, place: str) -> str:
         """Say which signal ended a process, and for KILL whether the memory had run out."""
         held = f" It held up to {self.peaks[pid]:.1f} GiB." if pid in self.peaks else ""
         message = f"{who} was ended by signal {number} ({signal.Signals(number).name}).{held}"

@@ -8,9 +8,10 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from helpers import ROOT, Launch
 
-from grpo_launcher.launch import processes
+from grpo_launcher.launch import commands, processes
 from grpo_launcher.launch import supervise as supervise_module
 from grpo_launcher.launch.supervise import first_traceback, supervise
 from grpo_launcher.runs import Run
@@ -154,6 +155,26 @@ def test_a_rank_that_is_killed_is_named_with_the_reason(is_memory, run, tmp_path
     assert "Rank 1 was ended by signal 9 (SIGKILL). It held up to 0.3 GiB." in errors and "Traceback" not in errors
     assert ("The memory had run out" in errors) == ("per_device_train_batch_size" in errors) == is_memory
     assert ("The plan said memory: 0.1 GiB." in errors) == is_memory
+
+
+RANK = """
+import os, time
+if os.environ.get("LOCAL_RANK", "0") == "LAST":
+    os.kill(os.getpid(), 9)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(("parallel", "ranks", "who"), [("zero3", 2, "Rank 1"), ("ddp", 1, "Rank 0")])
+def test_accelerate_tells_which_rank_was_killed(parallel, ranks, who, run, tmp_path, capfd):
+    """The report is torchrun's own here, which accelerate starts for one rank too."""
+    layout = SimpleNamespace(parallel=parallel, ranks=ranks, train_gpus=[])
+    config = commands.accelerate_config({"bf16": False, "fp16": False}, layout, free_port())
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{tmp_path}/accelerate.yaml"]
+    words += ["--no_python", sys.executable, "-c", RANK.replace("LAST", str(ranks - 1))]
+    assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == 1
+    assert f"{who} was ended by signal 9 (SIGKILL)." in capfd.readouterr().err
 
 
 def test_a_server_that_is_killed_is_named(run, capfd):
