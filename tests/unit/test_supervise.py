@@ -1,6 +1,7 @@
 """Server and ranks start together and end together, whatever ends them. Stubs stand for both."""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -88,6 +89,29 @@ def test_output_goes_to_console_and_log(run, tmp_path, capfd):
     assert "listening" in (tmp_path / "server.log").read_text()
 
 
+def test_the_console_says_what_goes_on_in_a_long_step(run, tmp_path, capfd, monkeypatch):
+    """In a file or a pipe that is a line now and then."""
+    monkeypatch.setattr(supervise_module, "SILENCE", 0.1)
+    code = f"import time; open({str(tmp_path / 'progress.txt')!r}, 'w').write('step 3: scoring'); time.sleep(5)"
+    assert run(f"{code}; print('step 3/9')") == 0
+    *told, last = capfd.readouterr().out.splitlines()
+    assert told and all(re.fullmatch(r"  step 3: scoring \(\d s\)", line) for line in told) and last == "step 3/9"
+
+
+def test_on_a_terminal_that_is_one_line(tmp_path, capfd, monkeypatch):
+    """It is written anew, and goes where a line of the trainer comes."""
+    monkeypatch.setattr(supervise_module, "SILENCE", 0)
+    screen = supervise_module.Screen(tmp_path)
+    screen.is_terminal = True
+    screen.tell()
+    (tmp_path / "progress.txt").write_text("step 1: scoring")
+    screen.tell()
+    screen.tell()
+    screen.write("step 1/9\n")
+    out = re.sub(r"\d+ s", "N s", capfd.readouterr().out)
+    assert out == 2 * "\r\033[K  step 1: scoring (N s)" + "\r\033[Kstep 1/9\n"
+
+
 def test_a_trainer_that_fails_ends_the_server_with_the_first_traceback(run, tmp_path, capfd):
     """Even a server that does not hear TERM."""
     assert run(FAIL, IGNORE_TERM + HEALTHY) == 1
@@ -128,7 +152,8 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
     server = SimpleNamespace(poll=lambda: None)
     witness = SimpleNamespace(folder=tmp_path, log=lambda name: "")
-    assert supervise_module._watch(witness, trainer, server, "url", 900) == status
+    screen = SimpleNamespace(tell=lambda: None, write=lambda text: None)
+    assert supervise_module._watch(witness, screen, trainer, server, "url", 900) == status
     assert seconds[0] == pytest.approx(end, abs=11)
 
 

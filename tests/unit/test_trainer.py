@@ -105,6 +105,19 @@ def test_a_reward_that_failed_for_a_whole_group_stays_out_of_it(build):
     assert metrics["rewards/judge/failed"] == [1.0, 0.25] and metrics["rewards/length/failed"] == [0.0, 0.0]
 
 
+def test_the_trainer_says_what_it_is_doing(build, tmp_path):
+    """While a reward is called, and behind it."""
+    seen = []
+
+    def looks(completions, **columns):
+        seen.append((tmp_path / "progress.txt").read_text())
+        return [1.0] * len(completions)
+
+    trainer = build([looks])
+    trainer._prepare_inputs([ROWS[0]] * 4)
+    assert seen == ["step 1: scoring"] and (tmp_path / "progress.txt").read_text() == "step 1: training"
+
+
 def test_a_measure_is_a_mean_over_completions(build):
     """One answered completion in the first batch, right, and three in the second, wrong: a quarter is right."""
     means = {}
