@@ -132,10 +132,9 @@ class Trainer(GRPOTrainer):
         GRPOTrainer._generate_single_turn knows no encoder-decoder models, and needs as many prompts on every rank,
         which is not so once tools were called.
         """
-        count = len(prompt_ids) * self.accelerator.num_processes
-        self._report(f"generating {count} completions")
         if self._in_tool_loop and self._needs_lockstep:
             return self._generate_together(prompt_ids)
+        self._report(f"generating {len(prompt_ids) * self.accelerator.num_processes} completions")
         if not self.is_seq2seq:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
