@@ -20,9 +20,7 @@ from grpo_launcher.runs import PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
 EXIT_SERVER_LOST = 1
-SILENCE = (
-    10.0  # seconds without a line until the console says what goes on; six times as long in a file
-)
+SILENCE = 10.0  # seconds without a line until the console says what goes on; six times as long in a file
 
 
 def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
