@@ -157,9 +157,7 @@ def _choose_devices(choice: _Choice, layout: Layout, hardware: Hardware) -> None
         choice.need("use_cpu", True, "a machine without a GPU")
     old = next((gpu for gpu in hardware.gpus if gpu.capability < BF16_CAPABILITY), None)
     if old and choice.values["bf16"] and "bf16" in choice.given:
-        problem = (
-            f"true, and GPU {old.id} has compute capability {old.capability}: vLLM needs {BF16_CAPABILITY} for it"
-        )
+        problem = f"true, and GPU {old.id} has compute capability {old.capability}; vLLM needs {BF16_CAPABILITY}"
         choice.refuse("bf16", problem, "fp16: true")
     choice.default("fp16", old is not None)
     choice.default("bf16", has_gpu and not old and not choice.values["fp16"])

@@ -40,9 +40,14 @@ def _last_content(messages: list[dict], role: str) -> str:
     return contents[-1] if is_text else "".join(part.get("text") or "" for part in contents[-1])
 
 
+def is_null(value) -> bool:
+    """Whether a column holds nothing in a row: null, or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def gold_value(value, column: str, wanted: str, read: Callable):
     """Return what `read` makes of a gold value; None for null and NaN. What `read` makes None of is a ValueError."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_null(value):
         return None
     gold = read(value)
     if gold is None:

@@ -173,7 +173,8 @@ def _with_checked_scores(function: Callable, options: dict) -> Callable:
 
     TRL does not look for inf and nan. Under group scaling one of them silently sets its group's advantages to 0.
     A reward that needs a service has an attribute `ready`: a function of the same options that raises ValueError where
-    the service cannot be had. It is called once before a run.
+    the service cannot be had. It is called once before a run. An attribute `check_gold` is kept: a function of one
+    value of the column that the reward needs, which raises ValueError where it cannot be used, and takes None.
     """
 
     @functools.wraps(function)

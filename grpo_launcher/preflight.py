@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import datasets
-import pandas as pd
 import torch
 import transformers
 import yaml
@@ -32,6 +31,7 @@ from grpo_launcher.errors import UserError, closest_match, first_line
 from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
 from grpo_launcher.memory import check_memory
 from grpo_launcher.merge import needs_merge
+from grpo_launcher.messages import is_null
 from grpo_launcher.preflight_runner import PROJECT, DataInfo, ModelInfo, Report
 from grpo_launcher.trl_version import check_trl_version
 
@@ -308,12 +308,11 @@ class _Check:
             if column not in self.report.data.columns:
                 continue  # load_rewards, or _prompts, has told it
             for number, value in enumerate(column_values(self.splits[split], column), 1):
-                is_null = pd.isna(value) is True
-                nulls += is_null
+                nulls += is_null(value)
                 try:
                     if check_gold:
                         check_gold(value)
-                    elif is_null:
+                    elif is_null(value):
                         raise ValueError(f"no {column}, which {reader} needs")
                 except ValueError as error:
                     fix = "mend the row, drop it, or give the reward's parameter a default"

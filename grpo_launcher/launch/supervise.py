@@ -66,11 +66,11 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
             if (run.folder / STOPPED).exists():
                 return EXIT_GUARD
             if status:
-                print(f"\n{witness.failure(status)}", file=sys.stderr)
+                screen.fail(witness.failed(status))
             return status
         finally:
             witness.is_over.set()
-            screen.clear()
+            screen.write("")
             for child in children:
                 stop(child)
             if undertaker:
@@ -103,28 +103,31 @@ class Witness:
             file.seek(self.starts[name])
             return file.read().decode(errors="replace")
 
-    def failure(self, status: int) -> str:
+    def failed(self, status: int) -> str:
         """Say why the trainer failed: the signal that ended a rank first, or else the first traceback."""
-        text = self.log("train.log")
-        place = f"All of it: {self.folder / 'train.log'}"
         # torchrun's report, whose own traceback says less
-        if match := re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", text):
-            return self.killed(f"Rank {match[2]}", int(match[1]), int(match[3]), text, place)
-        return f"The trainer failed (exit status {status}). {place}\n{first_traceback(text)}"
+        report = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", self.log("train.log"))
+        if report:
+            return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log")
+        return self.with_traceback(f"The trainer failed (exit status {status}).", "train.log")
 
-    def killed(self, who: str, number: int, pid: int, text: str, place: str) -> str:
+    def killed(self, who: str, number: int, pid: int, log: str) -> str:
         """Say which signal ended a process, and for KILL whether the memory had run out."""
         held = f" It held up to {self.peaks[pid]:.1f} GiB." if pid in self.peaks else ""
         message = f"{who} was ended by signal {number} ({signal.Signals(number).name}).{held}"
         if number != signal.SIGKILL:
-            return f"{message} {place}\n{first_traceback(text)}"
+            return self.with_traceback(message, log)
         if memory_kills() == self.kills:
-            return f"{message} The memory had not run out: another program, or a person, sent it. {place}"
-        plan = "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
-        fix = (
-            "lower per_device_train_batch_size or max_completion_length, use LoRA (use_peft: true), or a smaller model"
-        )
-        return f"{message} The memory had run out, and the kernel chose this process.{plan} Fix: {fix}. {place}"
+            message += " The memory had not run out: another program, or a person, sent it."
+        else:
+            plan = "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
+            fix = "lower per_device_train_batch_size or max_completion_length, use_peft: true, or a smaller model"
+            message += f" The memory had run out, and the kernel chose this process.{plan} Fix: {fix}."
+        return f"{message} All of it: {self.folder / log}"
+
+    def with_traceback(self, message: str, log: str) -> str:
+        """Return a message with a log's name and first traceback."""
+        return f"{message} All of it: {self.folder / log}\n{first_traceback(self.log(log))}"
 
 
 def memory_kills() -> int:
@@ -146,18 +149,22 @@ class Screen:
         self.last = time.monotonic()
         self.has_status = False
 
-    def clear(self) -> None:
-        """Take the status line away."""
-        if self.has_status:
-            print("\r\033[K", end="", flush=True)
-        self.has_status = False
+    def write(self, text: str, status: str = "") -> None:
+        """Print lines in place of the status line, and a new status line. A console that is gone ends no run."""
+        with self.lock, suppress(OSError, ValueError):
+            clear = "\r\033[K" if self.has_status or status else ""
+            self.has_status = bool(status)
+            print(f"{clear}{text}{status}", end="", flush=True)
 
-    def write(self, text: str) -> None:
-        """Print a line."""
-        with self.lock:
-            self.clear()
-            print(text, end="", flush=True)
-            self.last = time.monotonic()
+    def show(self, text: str) -> None:
+        """Print lines of the run: the silence is over."""
+        self.last = time.monotonic()
+        self.write(text)
+
+    def fail(self, message: str) -> None:
+        """Print why a run ends."""
+        self.write("")
+        print(f"\n{message}", file=sys.stderr)
 
     def tell(self) -> None:
         """Say what the trainer is doing, where that is due."""
@@ -166,12 +173,10 @@ class Screen:
             return
         seconds = time.time() - self.progress.stat().st_mtime
         text = f"  {self.progress.read_text(encoding='utf-8')} ({seconds:.0f} s)"
-        if not self.is_terminal:
-            self.write(f"{text}\n")
-            return
-        with self.lock:
-            print(f"\r\033[K{text}", end="", flush=True)
-            self.has_status = True
+        if self.is_terminal:
+            self.write("", status=text)
+        else:
+            self.show(f"{text}\n")
 
 
 def _echo(pipe, log, screen: Screen) -> None:
@@ -179,8 +184,7 @@ def _echo(pipe, log, screen: Screen) -> None:
         with suppress(OSError, ValueError):
             log.write(line)
             log.flush()
-        with suppress(OSError, ValueError):
-            screen.write(line.decode(errors="replace"))
+        screen.show(line.decode(errors="replace"))
 
 
 def _watch(
@@ -203,31 +207,29 @@ def _watch(
         if server is None:
             continue
         if server.poll() is not None:
-            return _report_lost_server(witness, "ended", server)
+            return _report_lost_server(witness, screen, f"ended with exit status {server.returncode}", server)
         if now - last_check > (10 if is_up else 1):
             last_check = now
             if _is_healthy(url):
                 last_healthy = time.monotonic()
                 if not is_up:
                     is_up = True
-                    screen.write(f"The vLLM server is up after {last_healthy - started:.0f} s.\n")
+                    screen.show(f"The vLLM server is up after {last_healthy - started:.0f} s.\n")
         if not is_up and now - last_message > 15:
             last_message = now
             last_line = _last_line(witness.folder / "server.log")
-            screen.write(f"Waiting for the vLLM server ({now - started:.0f} s): {last_line}\n")
+            screen.show(f"Waiting for the vLLM server ({now - started:.0f} s): {last_line}\n")
         if now - last_healthy > (UNHEALTHY_LIMIT if is_up else timeout):
-            return _report_lost_server(witness, f"gave no healthy answer for {now - last_healthy:.0f} s")
+            return _report_lost_server(witness, screen, f"gave no healthy answer for {now - last_healthy:.0f} s")
     return status
 
 
-def _report_lost_server(witness: Witness, what: str, server: subprocess.Popen | None = None) -> None:
-    text, place = witness.log("server.log"), f"All of it: {witness.folder / 'server.log'}"
-    if server and server.returncode < 0:
-        message = witness.killed("The vLLM server", -server.returncode, server.pid, text, place)
+def _report_lost_server(witness: Witness, screen: Screen, what: str, ended: subprocess.Popen | None = None) -> None:
+    if ended and ended.returncode < 0:
+        message = witness.killed("The vLLM server", -ended.returncode, ended.pid, "server.log")
     else:
-        what += f" with exit status {server.returncode}" if server else ""
-        message = f"The vLLM server {what}. {place}\n{first_traceback(text)}"
-    print(f"\n{message}", file=sys.stderr)
+        message = witness.with_traceback(f"The vLLM server {what}.", "server.log")
+    screen.fail(message)
 
 
 def _is_healthy(url: str) -> bool:

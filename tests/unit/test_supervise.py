@@ -1,5 +1,6 @@
 """Server and ranks start together and end together, whatever ends them. Stubs stand for both."""
 
+import contextlib
 import os
 import re
 import signal
@@ -107,9 +108,21 @@ def test_on_a_terminal_that_is_one_line(tmp_path, capfd, monkeypatch):
     (tmp_path / "progress.txt").write_text("step 1: scoring")
     screen.tell()
     screen.tell()
-    screen.write("step 1/9\n")
+    screen.show("step 1/9\n")
     out = re.sub(r"\d+ s", "N s", capfd.readouterr().out)
     assert out == 2 * "\r\033[K  step 1: scoring (N s)" + "\r\033[Kstep 1/9\n"
+
+
+def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
+    """As where the terminal was closed."""
+    with open("/dev/full", "w") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        screen = supervise_module.Screen(tmp_path)
+        screen.show("step 1/9\n")
+        screen.write("", status="step 2: scoring")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            console.close()
 
 
 def test_a_trainer_that_fails_ends_the_server_with_the_first_traceback(run, tmp_path, capfd):
@@ -151,8 +164,8 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     (tmp_path / "server.log").touch()
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
     server = SimpleNamespace(poll=lambda: None)
-    witness = SimpleNamespace(folder=tmp_path, log=lambda name: "")
-    screen = SimpleNamespace(tell=lambda: None, write=lambda text: None)
+    witness = SimpleNamespace(folder=tmp_path, with_traceback=lambda message, log: message)
+    screen = SimpleNamespace(tell=lambda: None, show=lambda text: None, fail=lambda text: None)
     assert supervise_module._watch(witness, screen, trainer, server, "url", 900) == status
     assert seconds[0] == pytest.approx(end, abs=11)
 
