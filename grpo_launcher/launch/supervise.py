@@ -20,6 +20,8 @@ from grpo_launcher.runs import PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
 EXIT_SERVER_LOST = 1
+# In a traceback: Python, torch on a GPU, torch on a CPU, C++
+OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|(can't|[Uu]nable to|Cannot) allocate memory|bad_alloc")
 SILENCE = 10.0  # seconds without a line until the console says what goes on; six times as long in a file
 
 
@@ -109,7 +111,10 @@ class Witness:
         report = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", self.log("train.log"))
         if report:
             return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log")
-        return self.with_traceback(f"The trainer failed (exit status {status}).", "train.log")
+        message = f"The trainer failed (exit status {status})."
+        if OUT_OF_MEMORY.search(first_traceback(self.log("train.log"))):
+            message += f" The memory had run out.{self.remedy()}"
+        return self.with_traceback(message, "train.log")
 
     def killed(self, who: str, number: int, pid: int, log: str) -> str:
         """Say which signal ended a process, and for KILL whether the memory had run out."""
@@ -120,10 +125,14 @@ class Witness:
         if memory_kills() == self.kills:
             message += " The memory had not run out: another program, or a person, sent it."
         else:
-            plan = "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
-            fix = "lower per_device_train_batch_size or max_completion_length, use_peft: true, or a smaller model"
-            message += f" The memory had run out, and the kernel chose this process.{plan} Fix: {fix}."
+            message += f" The memory had run out, and the kernel chose this process.{self.remedy()}"
         return f"{message} All of it: {self.folder / log}"
+
+    def remedy(self) -> str:
+        """Return what the plan had estimated, and what takes less memory."""
+        plan = "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
+        fix = "lower per_device_train_batch_size or max_completion_length, use_peft: true, or a smaller model"
+        return f"{plan} Fix: {fix}."
 
     def with_traceback(self, message: str, log: str) -> str:
         """Return a message with a log's name and first traceback."""

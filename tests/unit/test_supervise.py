@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -213,6 +214,46 @@ def test_accelerate_tells_which_rank_was_killed(parallel, ranks, who, run, tmp_p
     words += ["--no_python", sys.executable, "-c", RANK.replace("LAST", str(ranks - 1))]
     assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == 1
     assert f"{who} was ended by signal 9 (SIGKILL)." in capfd.readouterr().err
+
+
+@pytest.fixture
+def memory_group(tmp_path):
+    """A control group of 300 MB, as a file that a process writes its id to. Skips where none can be made."""
+    folder = Path("/sys/fs/cgroup/memory") / f"grpo-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / "memory.limit_in_bytes").write_text(str(300 * 10**6))
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    yield folder / "cgroup.procs"
+    folder.rmdir()
+
+
+GREEDY = """
+import os, time
+if os.environ["LOCAL_RANK"] == "1":
+    open("GROUP", "w").write(str(os.getpid()))
+    held = [b"x" * 10**7 for _ in range(100)]
+time.sleep(300)
+"""
+
+
+def test_a_rank_that_takes_too_much_memory_is_named(memory_group, run, tmp_path, capfd):
+    """The kernel really ends it, and torchrun really reports it."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    words += ["--no_python", sys.executable, "-c", GREEDY.replace("GROUP", str(memory_group))]
+    assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == 1
+    errors = capfd.readouterr().err
+    assert "Rank 1 was ended by signal 9 (SIGKILL)." in errors
+    assert "The memory had run out" in errors and "The plan said memory: 0.1 GiB." in errors
+
+
+def test_memory_that_is_refused_is_told_with_the_traceback(run, capfd):
+    """Here by a limit of the shell, to torch."""
+    code = f"ulimit -v 8000000; exec {sys.executable} -c 'import torch; torch.ones(4 * 10**9)'"
+    assert run(f"import os; os.execv('/bin/bash', ['bash', '-c', {code!r}])") == 1
+    errors = capfd.readouterr().err
+    assert "The memory had run out. The plan said memory: 0.1 GiB." in errors and "you tried to allocate" in errors
 
 
 def test_a_server_that_is_killed_is_named(run, capfd):
