@@ -6,6 +6,7 @@ launch_train.sh starts it with --run FOLDER: there everything is checked and res
 
 import atexit
 import os
+import resource
 import sys
 import warnings
 from pathlib import Path
@@ -71,6 +72,8 @@ def save(trainer, run: Run, stopped: str | None) -> None:
         run: the run.
         stopped: the message of the guard that stopped it, the same on all ranks.
     """
+    import torch
+
     from grpo_launcher.callbacks import print_summary
     from grpo_launcher.report import plot_run
 
@@ -78,13 +81,26 @@ def save(trainer, run: Run, stopped: str | None) -> None:
         trainer.args.output_dir = str(run.folder / FINAL)  # TRL pushes this folder, and not the run's logs and paths
         trainer.save_model()
         trainer.create_model_card()
+    device = trainer.accelerator.device
+    peaks = trainer.accelerator.gather(torch.tensor([memory_peak(device)], device=device)).tolist()
     if trainer.is_world_process_zero():
         plot_run(run.folder)
         print_summary(run.folder)
+        plan = [f"The plan said {line}." for line in run.plan if line.startswith("memory:")]
+        print(f"A rank held up to {max(peaks):.1f} GiB.", *plan)
         if not stopped:
             print(f"Saved {run.folder / FINAL}", flush=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def memory_peak(device) -> float:
+    """Return the most GiB that this process has held: of its GPU, or of the machine's memory (resident)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def run(argv: list[str]) -> None:

@@ -100,6 +100,8 @@ def test_the_console_shows_the_run(run):
     assert text.count("  reward ") >= 20 and "step 20/20" in text and "0:00 left" in text
     assert text.count("sample at step") == 5
     assert "Saved trainOutput/quickstart/1/final-checkpoint" in text
+    held = float(re.search(r"A rank held up to (\d+\.\d) GiB\. The plan said memory: ", text)[1])
+    assert 0.5 < held < 4
     assert "Warning" not in text and len(text.splitlines()) < 160
 
 
