@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import get_peft_model
+from torch.nn.functional import pad
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -153,12 +154,22 @@ class Trainer(GRPOTrainer):
     ):
         """Return (B, C) log-probabilities, (B, C) entropies or None, and the auxiliary loss of mixtures of experts.
 
-        GRPOTrainer._get_per_token_logps_and_entropies scores prompt and completion as one text of a decoder.
+        GRPOTrainer._get_per_token_logps_and_entropies scores prompt and completion as one text of a decoder, and rows
+        of text at the padded width of all that was generated at once.
         """
         if not self.is_seq2seq:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            score = functools.partial(
+                super()._get_per_token_logps_and_entropies, model, compute_entropy=compute_entropy, **kwargs
             )
+            is_plain = all(value is None or value is False for value in kwargs.values())  # no images, no experts
+            if not is_plain or self.pad_to_multiple_of:
+                return score(input_ids, attention_mask, logits_to_keep, batch_size)
+            rows = batch_size or len(input_ids)
+            # A CPU gains nothing from many rows at once. With reentrant gradient checkpointing each part would have a
+            # backward pass of its own, and ZeRO-3 takes the gradients of one.
+            if self.accelerator.device.type == "cpu" and not self.args.gradient_checkpointing:
+                rows = -(-rows // 2)
+            return score_by_length(score, input_ids, attention_mask, logits_to_keep, rows)
         size = batch_size or len(input_ids)
         start, temperature = self.model.config.decoder_start_token_id, self.temperature
         with self.accelerator.autocast():
@@ -219,6 +230,34 @@ class Trainer(GRPOTrainer):
         start = sum(len(rank_prompts) for rank_prompts in prompts_by_rank[:rank])
         own = slice(start, start + len(prompt_ids))
         return gather_object(ids)[own], None if logprobs is None else gather_object(logprobs)[own]
+
+
+def score_by_length(score, input_ids, attention_mask, logits_to_keep: int, rows: int):
+    """Score rows of similar length together, each part without padding that all its rows share.
+
+    The figures are those of one batch; padded places have 0.
+
+    Args:
+        score: (input_ids, attention_mask, logits_to_keep) -> (rows, logits_to_keep) log-probabilities, entropies of
+            the same shape or None, and None.
+        input_ids: (B, P + C), prompts padded on the left and completions on the right.
+        attention_mask: (B, P + C).
+        logits_to_keep: C.
+        rows: rows of a part. Every rank needs as many parts: under ZeRO-3 all ranks score together.
+    """
+    width = input_ids.shape[1]
+    order = attention_mask.sum(dim=1).argsort()
+    parts = []
+    for chosen in order.split(rows):
+        mask = attention_mask[chosen]
+        used = mask.any(dim=0).nonzero()
+        # At least one place of the completion: mask_truncated_completions leaves none of a truncated one.
+        first, end = used[0].item(), max(used[-1].item() + 1, width - logits_to_keep + 1)
+        ids, kept = input_ids[chosen, first:end], logits_to_keep - (width - end)
+        scored = score(ids, mask[:, first:end], kept)
+        parts.append([values if values is None else pad(values, (0, width - end)) for values in scored])
+    back = order.argsort()
+    return tuple(None if values[0] is None else torch.cat(values)[back] for values in zip(*parts, strict=True))
 
 
 def build_trainer(

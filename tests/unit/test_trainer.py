@@ -3,6 +3,7 @@
 Where an assertion on the stock class fails, upstream has mended the fault, and the override can go.
 """
 
+import functools
 import json
 import re
 import sys
@@ -80,6 +81,32 @@ def reward(name: str, *batches: list):
 
     rate.__name__ = name
     return rate
+
+
+def test_rows_are_scored_without_the_padding_of_longer_ones(build):
+    trainer = build([lambda completions, **columns: [0.0] * len(completions)], "--gradient_checkpointing", "false")
+    model, lengths = trainer.model, [(6, 1), (3, 7), (5, 12), (4, 0), (2, 3)]  # tokens of prompt and completion
+    ids = torch.randint(10, 100, (5, 18), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * (6 - p) + [1] * (p + c) + [0] * (12 - c) for p, c in lengths])
+    computed = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: computed.append(inputs[0].numel())
+    )
+
+    def score(method) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], int]:
+        computed.clear()
+        model.zero_grad()
+        log_probs, entropies, _ = method(model, ids, mask, 12, compute_entropy=True)
+        used = mask[:, 6:].bool()
+        log_probs[used].sum().backward()
+        return log_probs[used], entropies[used], [p.grad for p in model.parameters()], sum(computed)
+
+    ours = score(trainer._get_per_token_logps_and_entropies)
+    stock = score(functools.partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer))
+    torch.testing.assert_close(ours[:3], stock[:3], atol=1e-5, rtol=1e-4)
+    assert (ours[3], stock[3]) == (3 * 9 + 2 * 17, 5 * 18)  # the three shortest rows, then the others
+    trainer.args.gradient_checkpointing = True  # one forward pass alone
+    assert score(trainer._get_per_token_logps_and_entropies)[3] == 5 * 18
 
 
 def test_a_failed_rating_moves_no_advantage(build):
