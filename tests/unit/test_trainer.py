@@ -103,7 +103,7 @@ def test_rows_are_scored_without_the_padding_of_longer_ones(build):
 
     ours = score(trainer._get_per_token_logps_and_entropies)
     stock = score(functools.partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer))
-    torch.testing.assert_close(ours[:3], stock[:3], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[:3], stock[:3], atol=1e-4, rtol=1e-3)
     assert (ours[3], stock[3]) == (3 * 9 + 2 * 17, 5 * 18)  # the three shortest rows, then the others
     trainer.args.gradient_checkpointing = True  # one forward pass alone
     assert score(trainer._get_per_token_logps_and_entropies)[3] == 5 * 18
