@@ -72,8 +72,6 @@ def save(trainer, run: Run, stopped: str | None) -> None:
         run: the run.
         stopped: the message of the guard that stopped it, the same on all ranks.
     """
-    import torch
-
     from grpo_launcher.callbacks import print_summary
     from grpo_launcher.report import plot_run
 
@@ -81,26 +79,27 @@ def save(trainer, run: Run, stopped: str | None) -> None:
         trainer.args.output_dir = str(run.folder / FINAL)  # TRL pushes this folder, and not the run's logs and paths
         trainer.save_model()
         trainer.create_model_card()
-    device = trainer.accelerator.device
-    peaks = trainer.accelerator.gather(torch.tensor([memory_peak(device)], device=device)).tolist()
+    peak = memory_peak(trainer.accelerator)
     if trainer.is_world_process_zero():
         plot_run(run.folder)
         print_summary(run.folder)
-        plan = [f"The plan said {line}." for line in run.plan if line.startswith("memory:")]
-        print(f"A rank held up to {max(peaks):.1f} GiB.", *plan)
+        print(f"A rank held up to {peak:.1f} GiB.{run.memory_plan}")
         if not stopped:
             print(f"Saved {run.folder / FINAL}", flush=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def memory_peak(device) -> float:
-    """Return the most GiB that this process has held: of its GPU, or of the machine's memory (resident)."""
+def memory_peak(accelerator) -> float:
+    """Return the most GiB that any rank has held: of its GPU, or of the machine's memory. All ranks call it."""
     import torch
 
+    device = accelerator.device
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return accelerator.gather(torch.tensor([peak], device=device)).max().item()
 
 
 def run(argv: list[str]) -> None:

@@ -308,11 +308,12 @@ class _Check:
             if column not in self.report.data.columns:
                 continue  # load_rewards, or _prompts, has told it
             for number, value in enumerate(column_values(self.splits[split], column), 1):
-                nulls += is_null(value)
+                is_missing = is_null(value)
+                nulls += is_missing
                 try:
                     if check_gold:
                         check_gold(value)
-                    elif is_null(value):
+                    elif is_missing:
                         raise ValueError(f"no {column}, which {reader} needs")
                 except ValueError as error:
                     fix = "mend the row, drop it, or give the reward's parameter a default"

@@ -48,6 +48,11 @@ class Run:
     plan: list[str] = field(default_factory=list)  # its lines, as printed
     versions: dict = field(default_factory=dict)
 
+    @property
+    def memory_plan(self) -> str:
+        """What the plan said of the memory, as a sentence that follows another; empty without the launcher."""
+        return "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
+
     def write(self) -> None:
         """Write run.json, and recipe.yaml with the given fields alone, so that it can be started again."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ from grpo_launcher.runs import PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
 EXIT_SERVER_LOST = 1
-# In a traceback: Python, torch on a GPU, torch on a CPU, C++
-OUT_OF_MEMORY = re.compile(r"MemoryError|OutOfMemoryError|(can't|[Uu]nable to|Cannot) allocate memory|bad_alloc")
+# In a traceback: Python and torch on a GPU (OutOfMemoryError), torch on a CPU, C++
+OUT_OF_MEMORY = re.compile(r"MemoryError|(can't|[Uu]nable to|Cannot) allocate memory|bad_alloc")
 SILENCE = 10.0  # seconds without a line until the console says what goes on; six times as long in a file
 
 
@@ -84,7 +84,7 @@ class Witness:
     """What is known of a run's processes when one of them ends: their logs, their memory, and the kernel's kills."""
 
     def __init__(self, run: Run):
-        self.folder, self.plan = run.folder, run.plan
+        self.folder, self.memory_plan = run.folder, run.memory_plan
         logs = (run.folder / name for name in ("train.log", "server.log"))
         self.starts = {log.name: log.stat().st_size if log.exists() else 0 for log in logs}  # of a run that is resumed
         self.kills = memory_kills()
@@ -108,11 +108,12 @@ class Witness:
     def failed(self, status: int) -> str:
         """Say why the trainer failed: the signal that ended a rank first, or else the first traceback."""
         # torchrun's report, whose own traceback says less
-        report = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", self.log("train.log"))
+        log = self.log("train.log")
+        report = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", log)
         if report:
             return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log")
         message = f"The trainer failed (exit status {status})."
-        if OUT_OF_MEMORY.search(first_traceback(self.log("train.log"))):
+        if OUT_OF_MEMORY.search(first_traceback(log)):
             message += f" The memory had run out.{self.remedy()}"
         return self.with_traceback(message, "train.log")
 
@@ -130,9 +131,8 @@ class Witness:
 
     def remedy(self) -> str:
         """Return what the plan had estimated, and what takes less memory."""
-        plan = "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
         fix = "lower per_device_train_batch_size or max_completion_length, use_peft: true, or a smaller model"
-        return f"{plan} Fix: {fix}."
+        return f"{self.memory_plan} Fix: {fix}."
 
     def with_traceback(self, message: str, log: str) -> str:
         """Return a message with a log's name and first traceback."""

@@ -256,7 +256,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(commands, tmp_path):
 # SmolLM2
 
 
-def test_a_request_is_asked_once_and_kept_to(tmp_path):
+def test_a_request_is_asked_once_and_kept_to():
     """No request of the test split is trained on."""
     rows = everyday.make_rows(0)
     requests = [row["prompt"] for split in ("train", "test") for row in rows[split]]

@@ -217,7 +217,7 @@ def test_accelerate_tells_which_rank_was_killed(parallel, ranks, who, run, tmp_p
 
 
 @pytest.fixture
-def memory_group(tmp_path):
+def memory_group():
     """A control group of 300 MB, as a file that a process writes its id to. Skips where none can be made."""
     folder = Path("/sys/fs/cgroup/memory") / f"grpo-test-{os.getpid()}"
     try:
