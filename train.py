@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
         tools=tools,
         environment_factory=environment,
         callbacks=[RunLog(run.folder, is_sft=is_sft), guards],
+        longest_prompt=run.longest_prompt or run.max_prompt,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     save(trainer, run, guards.stopped)

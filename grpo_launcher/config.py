@@ -111,7 +111,7 @@ class Recipe(ScriptArguments):
         default=None, **_help("Number of test prompts in an evaluation: the first of the split. Default: all.")
     )
     prepare: str | None = field(
-        default=None, **_help("Module that makes what the recipe needs. The launcher runs it with python -m.")
+        default=None, **_help("What makes the data and models that are missing: a module, or process_dataset.py NAME.")
     )
     parallel: Literal["zero3", "ddp"] | None = field(
         default=None, **_help("How ranks share the work: zero3 (default), or ddp (default for quantised weights).")

@@ -1,85 +1,156 @@
-"""Estimate the memory of each rank from the number of parameters, before anything is loaded. Standard library only."""
+"""Estimate the memory of each rank and of the server before anything is loaded. Standard library only."""
 
 import os
 import shutil
+from dataclasses import dataclass, replace
 
 from grpo_launcher.errors import UserError
 from grpo_launcher.layout import Hardware, Layout
+from grpo_launcher.preflight_runner import ModelInfo
 
 GIB = 2**30
-HEADROOM = 0.2  # share of a device's memory that is left to activations, gathered layers and buffers
+FREE = 0.08  # share of a device's memory that is left to what no library counts, such as the context of CUDA
+FREE_UNKNOWN = 0.2  # the same where the activations are not known
+LIBRARIES = 0.9  # GiB of a rank on a CPU before it holds a model
+# Found by measuring runs on a CPU: gloo gathers into copies, which leave gaps in the heap
+GATHERED_ON_CPU, HEAP_ON_CPU = 3, 1.05
+SERVER_LIBRARIES = 1.4  # GiB of a vLLM server's two processes on a CPU
+SERVER_COPIES = 2.6  # of the weights: as loaded, as packed for the kernels, and some of the file of a sync
+# DeepSpeed's own sizes, in parameters: reduce_bucket_size and stage3_max_live_parameters
+BUCKET, LIVE = 5e8, 1e9
+# TRL's tile of logits, in tokens and vocabulary (kernels/chunked_logprob.py), and how many of them a CPU holds at once
+TILE, TILES_ON_CPU = (4096, 32768), 8
 
 
-def rank_memory(
-    parameters: int,
-    ranks: int,
-    *,
-    bytes_per_weight: float,
-    zero3: bool,
-    lora: bool,
-    syncs: bool,
-    reference: bool,
-    offload: bool,
-) -> dict[str, float]:
-    """Return the GiB on each rank, by what takes them.
+@dataclass(frozen=True)
+class Load:
+    """What decides the memory of a rank."""
 
-    ZeRO-3 divides all of it by the ranks and keeps an fp32 master copy with Adam's two moments: 12 bytes a parameter.
-    DDP keeps all of it on every rank, without a master copy. LoRA trains one or two per cent of the weights, which are
-    not counted; under ZeRO-3 it gathers the whole model at every weight sync.
-    Source: Rajbhandari et al. 2020, ZeRO, section 3.1.
-    """
-    share = parameters / (ranks if zero3 else 1) / GIB
-    parts = {"weights": bytes_per_weight * share}
-    if lora:
-        if zero3 and syncs:
-            parts["whole model at each sync"] = bytes_per_weight * parameters / GIB
+    model: ModelInfo
+    ranks: int
+    rows: int  # of a micro-batch
+    bytes_per_weight: float
+    has_gpu: bool
+    zero3: bool
+    lora: bool
+    syncs: bool
+    reference: bool
+    offload: bool
+    checkpointing: bool
+
+    def parts(self) -> dict[str, float]:
+        """Return the GiB on each rank, by what takes them.
+
+        ZeRO-3 divides weights, gradients and optimizer by the ranks and keeps an fp32 master copy with Adam's two
+        moments: 12 bytes a parameter. DDP keeps all of it on every rank, without a master copy. Of a model with fewer
+        than LIVE parameters ZeRO-3 keeps all weights gathered during a step.
+        Source: Rajbhandari et al. 2020, ZeRO, section 3.1.
+        """
+        model, size = self.model, self.bytes_per_weight
+        trained = model.trainable if self.lora else model.parameters
+        share = 1 / (self.ranks if self.zero3 else 1) / GIB
+        parts = {} if self.has_gpu else {"libraries": LIBRARIES}
+        parts["weights"] = size * model.parameters * share
+        parts["gradients"] = size * trained * share
+        if not self.offload:
+            parts["optimizer"] = (12 if self.zero3 else 2 * size) * trained * share
+        if self.reference and not self.lora:
+            parts["reference model"] = size * model.parameters * share
+        if model.reward_parameters:
+            parts["reward models"] = (2 if self.has_gpu else 4) * model.reward_parameters / GIB
+        if self.ranks > 1 or self.zero3:
+            # Allocated whole; a CPU gives only the part that is written.
+            bucket = BUCKET if self.zero3 and self.has_gpu else min(trained, BUCKET) if self.zero3 else trained
+            parts["gradient bucket"] = size * bucket / GIB
+        copies = 1 if self.has_gpu else GATHERED_ON_CPU
+        gathered = copies * size * min(model.parameters, LIVE) / GIB if self.zero3 else 0
+        step = {"gathered weights": gathered, "activations": self._activations(), "head": self._head()}
+        sync = {
+            "whole model at each sync": copies * size * model.parameters / GIB
+            if self.lora and self.zero3 and self.syncs
+            else 0
+        }
+        parts |= {name: gib for name, gib in max(step, sync, key=lambda part: sum(part.values())).items() if gib}
         return parts
-    parts["gradients"] = bytes_per_weight * share
-    if not offload:
-        parts["optimizer"] = (12 if zero3 else 2 * bytes_per_weight) * share
-    if reference:
-        parts["reference model"] = bytes_per_weight * share
-    return parts
+
+    def total(self) -> float:
+        """Return the GiB of a rank."""
+        return sum(self.parts().values()) * (1 if self.has_gpu else HEAP_ON_CPU)
+
+    def _activations(self) -> float:
+        """Return what the backward pass of a micro-batch needs: all layers, or their inputs and one layer."""
+        model, size = self.model, 2 if self.bytes_per_weight < 4 else 4
+        whole = self.rows * model.row_activations / GIB
+        if not self.checkpointing or not whole:
+            return whole
+        return self.rows * model.row_tokens * model.hidden * model.layers * size / GIB + whole / model.layers
+
+    def _head(self) -> float:
+        """Return the logits that are held at once, and the head's gradient in 32 bits."""
+        model = self.model
+        if not model.row_activations:
+            return 0
+        rows = self.rows if self.has_gpu or self.checkpointing else -(-self.rows // 2)  # as trainer.py scores them
+        tile = min(rows * model.row_tokens, TILE[0]) * min(model.vocabulary, TILE[1]) * 4
+        gradient = 0 if self.lora else model.vocabulary * model.hidden * 4
+        return (tile * (1 if self.has_gpu else TILES_ON_CPU) + gradient) / GIB
 
 
-def fits(needed: float, device: float) -> bool:
-    """Whether `needed` GiB leave HEADROOM of a device of `device` GiB."""
-    return needed <= device * (1 - HEADROOM)
+def server_memory(parameters: int, size: float) -> float:
+    """Return the GiB of a vLLM server on a CPU at a weight sync."""
+    cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
+    return SERVER_LIBRARIES + cache + SERVER_COPIES * size * parameters / GIB
 
 
 def check_memory(
-    values: dict, layout: Layout, hardware: Hardware, parameters: int, source: str, offload: bool
+    values: dict, layout: Layout, hardware: Hardware, model: ModelInfo, offload: bool
 ) -> tuple[str, list[UserError]]:
     """Hold the estimate against the devices.
 
     Returns:
         One line for the plan, and what does not fit, with remedies.
     """
-    zero3 = layout.parallel == "zero3"
-    arguments = {
-        "bytes_per_weight": _bytes_per_weight(values, zero3, bool(layout.train_gpus)),
-        "zero3": zero3,
-        "lora": values["use_peft"],
-        "syncs": layout.use_vllm,
-        "reference": values["beta"] != 0 and layout.method == "grpo",
-        "offload": offload and zero3,
-    }
-    parts = rank_memory(parameters, layout.ranks, **arguments)
-    device = min((gpu.memory for gpu in layout.train_gpus), default=hardware.memory / layout.ranks)
-    colocated = 0.0
-    if layout.train_gpus and layout.use_vllm and layout.vllm_mode == "colocate":
-        colocated = values["vllm_gpu_memory_utilization"] * device
-        parts["vLLM"] = colocated
-    needed = sum(parts.values())
+    zero3, has_gpu = layout.parallel == "zero3", bool(layout.train_gpus)
+    load = Load(
+        model=model,
+        ranks=layout.ranks,
+        rows=values["per_device_train_batch_size"],
+        bytes_per_weight=_bytes_per_weight(values, zero3, has_gpu),
+        has_gpu=has_gpu,
+        zero3=zero3,
+        lora=values["use_peft"],
+        syncs=layout.use_vllm,
+        reference=values["beta"] != 0 and layout.method == "grpo",
+        offload=offload and zero3,
+        checkpointing=values["gradient_checkpointing"],
+    )
+    device, others = _device(values, layout, hardware, load)
+    parts, needed = load.parts(), load.total()
     detail = " + ".join(f"{name} {gib:.2g}" for name, gib in parts.items())
-    line = f"memory: {parameters / 1e6:,.1f} million parameters (from {source}); "
-    line += f"a rank {detail} = {needed:.2g} of {device:.1f} GiB, and activations beside it"
-    problems = _check_server(values, layout, parameters)
-    if not fits(needed, device):
-        remedies = _remedies(values, layout, parameters, device, colocated, arguments)
-        problem = f"a rank needs {needed:.1f} GiB, and a fifth of {device:.1f} GiB must stay for activations"
-        problems.append(UserError("memory", problem, "; or ".join(remedies)))
+    line = f"memory: {model.parameters / 1e6:,.1f} million parameters (from {model.source}); a rank {detail}"
+    line += "" if has_gpu else ", and 5 % for gaps"
+    line += f" = {needed:.2g} of {device:.1f} GiB" + ("" if model.row_activations else ", and activations beside it")
+    line += f"; {others}" if others else ""
+    problems = _check_server(values, layout, model.parameters)
+    free = FREE if model.row_activations else FREE_UNKNOWN
+    if needed > device * (1 - free):
+        remedies = _remedies(values, layout, load, device, free)
+        problem = f"a rank needs {needed:.1f} GiB, and of {device:.1f} GiB {free:.0%} must stay free"
+        problems.append(UserError("memory", problem + (f"; {others}" if others else ""), "; or ".join(remedies)))
     return line, problems
+
+
+def _device(values: dict, layout: Layout, hardware: Hardware, load: Load) -> tuple[float, str]:
+    """Return the GiB that a rank can have, and in words what else takes memory there."""
+    if not layout.train_gpus:
+        server = server_memory(load.model.parameters, load.bytes_per_weight) if layout.starts_server else 0
+        others = f"the server {server:.1f} of the machine's {hardware.memory:.1f} GiB" if server else ""
+        return (hardware.memory - server) / layout.ranks, others
+    device = min(gpu.memory for gpu in layout.train_gpus)
+    if not (layout.use_vllm and layout.vllm_mode == "colocate"):
+        return device, ""
+    share = values["vllm_gpu_memory_utilization"] * device
+    return device - share, f"vLLM {share:.1f} of the GPU's {device:.1f} GiB"
 
 
 def _check_server(values: dict, layout: Layout, parameters: int) -> list[UserError]:
@@ -103,30 +174,38 @@ def _check_server(values: dict, layout: Layout, parameters: int) -> list[UserErr
     return problems
 
 
-def _remedies(
-    values: dict, layout: Layout, parameters: int, device: float, colocated: float, arguments: dict
-) -> list[str]:
-    def would_fit(ranks: int = layout.ranks, vllm: float = colocated, **changes) -> float:
-        needed = sum(rank_memory(parameters, ranks, **arguments | changes).values()) + vllm
-        return needed if fits(needed, device) else 0
+def _remedies(values: dict, layout: Layout, load: Load, device: float, free: float) -> list[str]:
+    """Return the settings nearest to the recipe's that leave the share `free` of `device` GiB."""
+
+    def would_fit(limit: float = device * (1 - free), **changes) -> float:
+        needed = replace(load, **changes).total()
+        return needed if needed <= limit else 0
 
     remedies = []
-    if layout.train_gpus:
+    for factor in [factor for factor in range(2, load.rows + 1) if load.rows % factor == 0]:
+        if needed := would_fit(rows=load.rows // factor):
+            steps = values["gradient_accumulation_steps"] * factor
+            advice = f"--per_device_train_batch_size {load.rows // factor} --gradient_accumulation_steps {steps}"
+            remedies.append(f"smaller micro-batches ({needed:.1f} GiB): {advice}")
+            break
+    if not load.checkpointing and (needed := would_fit(checkpointing=True)):
+        remedies.append(f"--gradient_checkpointing true ({needed:.1f} GiB)")
+    if load.has_gpu:
         has_server = layout.use_vllm and (layout.starts_server or layout.ranks == 1)  # from two GPUs on
-        vllm = 0 if has_server else colocated
-        enough = next((ranks for ranks in range(layout.ranks + 1, 65) if would_fit(ranks, vllm)), None)
+        limit = (1 - free) * min(gpu.memory for gpu in layout.train_gpus) if has_server else device * (1 - free)
+        enough = next((ranks for ranks in range(layout.ranks + 1, 65) if would_fit(limit, ranks=ranks)), None)
         if enough and has_server:
             remedies.append(f"{enough + max(1, len(layout.server_gpus))} such GPUs ({enough} train)")
         elif enough:
             remedies.append(f"{enough} such GPUs")
-    if not arguments["zero3"] and not (values["load_in_4bit"] or values["load_in_8bit"]):
+    if not load.zero3 and not (values["load_in_4bit"] or values["load_in_8bit"]):
         remedies.append("ZeRO-3, which shards all of it: --parallel zero3")
-    if not values["use_peft"]:
+    if not load.lora:
         if needed := would_fit(lora=True):
             advice = "--use_peft true with a learning rate of about 1e-5, or configs/tldr_lora.yaml for TL;DR"
             remedies.append(f"LoRA ({needed:.1f} GiB): {advice}")
         needed = would_fit(offload=True)
-        if needed and arguments["zero3"] and layout.train_gpus and not arguments["offload"]:
+        if needed and load.zero3 and load.has_gpu and not load.offload:
             remedies.append(f"optimizer offload ({needed:.1f} GiB): offload_optimizer_device: cpu in zero3.yaml")
     return [*remedies, "a smaller model"]
 

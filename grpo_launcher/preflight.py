@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,8 @@ import torch
 import transformers
 import yaml
 from peft import get_peft_model
-from transformers import AutoConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig, get_peft_config
 
@@ -36,13 +37,14 @@ from grpo_launcher.preflight_runner import PROJECT, DataInfo, ModelInfo, Report
 from grpo_launcher.trl_version import check_trl_version
 
 
-def preflight(argv: list[str], hardware: Hardware, options: Options) -> Report:
+def preflight(argv: list[str], hardware: Hardware, options: Options, rehearsal: str | None = None) -> Report:
     """Check a recipe. Nothing is trained and no weight is read.
 
     Args:
         argv: the recipe, as for train.py: ["--config", PATH, "--key", "value", ...].
         hardware: what there is, or what is assumed.
         options: the launcher's command line.
+        rehearsal: folder for the model of a rehearsal, whose report stands in this one; None for no rehearsal.
     """
     report = Report()
     check = _Check(report, hardware, options)
@@ -60,6 +62,10 @@ def preflight(argv: list[str], hardware: Hardware, options: Options) -> Report:
     check.batch()
     check.context()
     check.memory()
+    if rehearsal and not report.problems:
+        from grpo_launcher.rehearsal import prepare_rehearsal
+
+        report.rehearsal = preflight(prepare_rehearsal(report, argv, Path(rehearsal)), hardware, options)
     return report
 
 
@@ -107,16 +113,21 @@ class _Check:
             if size := re.search(r"(\d+(?:\.\d+)?)B\b", name):
                 report.model = ModelInfo(int(float(size[1]) * 1e9), "its name")
             return
+        self.model_config = config
+        is_16_bit = values["bf16"] or values["fp16"] or bool(self.hardware.gpus)
+        config.dtype = torch.bfloat16 if is_16_bit else torch.float32
         with torch.device("meta"):
             self.meta_model = seq2seq.model_class(config).from_config(config, **trust)
-        self.model_config = config
         text_config = config.get_text_config()
         report.model = ModelInfo(
-            parameters=sum(parameter.numel() for parameter in self.meta_model.parameters()),
+            parameters=_count(self.meta_model.parameters()),
             source="its config.json",
             context=seq2seq.max_positions(text_config),
             heads=getattr(text_config, "num_attention_heads", None),
             is_seq2seq=seq2seq.is_seq2seq(config),
+            layers=text_config.num_hidden_layers,
+            hidden=text_config.hidden_size,
+            vocabulary=text_config.vocab_size,
         )
         if self.tokenizer.pad_token is None and self.tokenizer.eos_token is None:
             self.refuse("model_name_or_path", f"the tokenizer of {name} has neither a pad nor an end-of-text token")
@@ -141,9 +152,10 @@ class _Check:
     def _gpus(self) -> None:
         """Ask torch for the GPUs that nvidia-smi lists."""
         listed, seen = len(self.hardware.gpus), torch.cuda.device_count()
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
+        self.report.torch = f"torch {torch.__version__}, built {built}, sees {seen} GPUs"
         if self.hardware.is_real and seen < listed:
-            built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs alone"
-            problem = f"nvidia-smi lists {listed}, and torch {torch.__version__}, built {built}, sees {seen}"
+            problem = f"nvidia-smi lists {listed}, and {self.report.torch}"
             fix = "update the driver, or remove the folder .venv so that it is installed for GPUs, or run "
             self.refuse("GPU", problem, fix + "without them: CUDA_VISIBLE_DEVICES= in the environment")
 
@@ -223,16 +235,23 @@ class _Check:
         self._best_metric(["reward", "loss", *(f"rewards/{name}/mean" for name in names)])
 
     def _rewards_ready(self, rewards: list) -> None:
+        """Ask the rewards that can be asked, and count the weights that each rank will keep for them."""
+        parameters = 0
         for reward in rewards:
             try:
                 if isinstance(reward, str):
-                    AutoConfig.from_pretrained(reward)
+                    config = AutoConfig.from_pretrained(reward, num_labels=1)
+                    with torch.device("meta"):
+                        model = AutoModelForSequenceClassification.from_config(config)
+                    parameters += _count(model.parameters())
                 elif hasattr(reward, "ready"):
-                    reward.ready()
+                    parameters += reward.ready() or 0
             except OSError:
                 self.refuse("reward_funcs", f"{reward} is no reward model that can be read", hub.hint())
             except ValueError as error:
                 self.report.missing.append(f"reward_kwargs: {error}")
+        if self.report.model:
+            self.report.model.reward_parameters = parameters
 
     def _best_metric(self, known: list[str]) -> None:
         """Check metric_for_best_model, which transformers reads at the first evaluation only."""
@@ -268,7 +287,7 @@ class _Check:
                 self.refuse(field_name, f"{name} has no split {wanted}", f"use one of {', '.join(splits)}")
                 return
         rows = list(splits[split].take(100))
-        data = DataInfo(splits[split].column_names or (list(rows[0]) if rows else []))
+        data = DataInfo(splits[split].column_names or (list(rows[0]) if rows else []), list(splits))
         report.data = data
         if not rows or (eval_split and not list(splits[eval_split].take(1))):
             self.refuse("dataset_name", f"{name} has no rows in a split that the run uses")
@@ -475,18 +494,62 @@ class _Check:
             self.refuse("max_completion_length", f"{completion} tokens, and the decoder takes {limit}", "lower it")
 
     def memory(self) -> None:
-        """Hold weights, gradients and optimizer against the devices."""
+        """Hold weights, gradients, optimizer and activations against the devices."""
         report = self.report
         if report.model is None:
             return
+        if self.meta_model is not None:
+            trained = filter(lambda parameter: parameter.requires_grad, self.meta_model.parameters())
+            report.model.trainable = _count(trained)
+            self._activations()
         zero3 = yaml.safe_load((PROJECT / "zero3.yaml").read_text(encoding="utf-8"))["deepspeed_config"]
         offload = zero3.get("offload_optimizer_device", "none") != "none"
-        model = report.model
-        line, problems = check_memory(
-            report.values, report.layout, self.hardware, model.parameters, model.source, offload
-        )
+        line, problems = check_memory(report.values, report.layout, self.hardware, report.model, offload)
         report.lines.append(line)
         self.collect(problems)
+
+    def _activations(self) -> None:
+        """Let a longest row pass through the model without values, and count what autograd keeps."""
+        values, model, data = self.report.values, self.report.model, self.report.data
+        prompt = data and (data.longest_prompt or data.max_prompt)
+        if values["method"] == "sft" or not prompt:
+            return
+        completion, kept = values["max_completion_length"], {}
+        network = self.meta_model if model.is_seq2seq else self.meta_model.base_model
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        def forward(**inputs):
+            return torch.func.functional_call(network, weights, (), inputs)
+
+        with FakeTensorMode():  # unlike meta it takes the kernels of a real device
+            named = [*network.named_parameters(), *network.named_buffers()]
+            weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in named}
+            for name, _ in network.named_parameters():
+                weights[name].requires_grad_()  # ZeRO-3 keeps the inputs of frozen layers too
+            ids = torch.zeros(2, prompt + completion, dtype=torch.long)
+            mask = torch.ones_like(ids)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    if model.is_seq2seq:
+                        seq2seq.decoder_log_probs(forward, ids, mask, completion, 0, 1.0)
+                    else:
+                        forward(input_ids=ids, attention_mask=mask, use_cache=False)
+            except RuntimeError as error:  # what it computes depends on values, as with experts
+                self.report.lines.append(
+                    f"activations: not counted, as a trial without values fails: {first_line(error)}"
+                )
+                return
+            for weight in weights.values():
+                kept.pop(weight.untyped_storage()._cdata, None)
+        model.row_tokens = prompt + completion
+        model.row_activations = sum(storage.nbytes() for storage in kept.values()) / 2
+
+
+def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _nearest_sizes(size: int, factor: int, group: int) -> str:
@@ -507,7 +570,8 @@ def main() -> None:
     hardware["gpus"] = [Gpu(**gpu) for gpu in hardware["gpus"]]
     try:
         check_trl_version()
-        report = preflight(request["argv"], Hardware(**hardware), Options(**request["options"]))
+        options = Options(**request["options"])
+        report = preflight(request["argv"], Hardware(**hardware), options, request["rehearsal"])
     except UserError as error:
         report = Report(problems=[str(error)])
     with answer:

@@ -31,6 +31,13 @@ class ModelInfo:
     context: int | None = None  # tokens; of the encoder and of the decoder each for a seq2seq model
     heads: int | None = None
     is_seq2seq: bool = False
+    layers: int = 0
+    hidden: int = 0
+    vocabulary: int = 0
+    trainable: int = 0  # parameters; with LoRA those of the adapter
+    reward_parameters: int = 0  # of all models that rewards keep on every rank
+    row_tokens: int = 0  # the longest prompt and completion
+    row_activations: float = 0  # bytes that the backward pass of such a row needs of the forward pass; 0: not known
 
 
 @dataclass
@@ -38,6 +45,7 @@ class DataInfo:
     """What the dataset holds. None: not known, as in a stream."""
 
     columns: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
     rows: int | None = None
     eval_rows: int | None = None
     longest_prompt: int | None = None  # tokens
@@ -59,11 +67,14 @@ class Report:
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     adapter: str | None = None  # to be merged into its base before the run
+    torch: str = ""  # its version, what it is built for, and the GPUs that it sees
+    rehearsal: "Report | None" = None  # where one was asked for
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
+    def from_dict(cls, content: dict) -> "Report":
         """Read what main() wrote."""
-        content = json.loads(text)
+        if content.get("rehearsal"):
+            content["rehearsal"] = cls.from_dict(content["rehearsal"])
         for name, kind in {"layout": Layout, "model": ModelInfo, "data": DataInfo}.items():
             content[name] = content[name] and kind(**content[name])
         for gpus in ("train_gpus", "server_gpus") if content["layout"] else ():
@@ -71,7 +82,13 @@ class Report:
         return cls(**content)
 
 
-def run_preflight(argv: list[str], hardware: Hardware, options: Options, start: Callable = subprocess.Popen) -> Report:
+def run_preflight(
+    argv: list[str],
+    hardware: Hardware,
+    options: Options,
+    start: Callable = subprocess.Popen,
+    rehearsal: str | None = None,
+) -> Report:
     """Run preflight() in a child process.
 
     Args:
@@ -79,16 +96,17 @@ def run_preflight(argv: list[str], hardware: Hardware, options: Options, start: 
         hardware: what there is, or what is assumed.
         options: the launcher's command line.
         start: starts a process; the launcher's own keeps it from outliving a signal.
+        rehearsal: folder for the model of a rehearsal (--doctor), or None for no rehearsal.
 
     Raises:
         UserError: the child failed. Its traceback is on standard error by then.
     """
-    request = json.dumps({"argv": argv, "hardware": asdict(hardware), "options": asdict(options)})
+    request = {"argv": argv, "hardware": asdict(hardware), "options": asdict(options), "rehearsal": rehearsal}
     env = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     env = {name: value for name, value in env.items() if name not in RANK_VARIABLES}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     child = start([sys.executable, "-P", "-c", CHILD], env=env | {"DS_ACCELERATOR": "cpu"}, **pipes)
-    output, _ = child.communicate(request.encode())
+    output, _ = child.communicate(json.dumps(request).encode())
     if not output:  # it comes whole, whatever a user's module does to the exit status after that
         raise UserError("preflight", f"it ended with exit status {child.returncode}", "see its output above")
-    return Report.from_json(output.decode())
+    return Report.from_dict(json.loads(output))

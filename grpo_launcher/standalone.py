@@ -49,5 +49,6 @@ def _write_run(argv: list[str], ranks: int) -> Run:
     values["output_dir"] = str(folder)
     data, layout = report.data, asdict(report.layout)
     run = Run(folder, report.name, values, report.given, data.system_prompt, data.max_prompt, layout)
+    run.longest_prompt = data.longest_prompt
     run.write()
     return run

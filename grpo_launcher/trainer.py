@@ -41,10 +41,12 @@ class Trainer(GRPOTrainer):
 
     Args:
         sample_every: steps between two printed samples; 0 prints none.
+        longest_row: tokens of the longest prompt and completion. The first micro-batch is padded to it, so that a run
+            whose memory does not suffice ends in its first step. 0: not known.
     """
 
-    def __init__(self, *args, sample_every: int = 0, **kwargs):
-        self.sample_every = sample_every
+    def __init__(self, *args, sample_every: int = 0, longest_row: int = 0, **kwargs):
+        self.sample_every, self.longest_row = sample_every, longest_row
         self._measure_values = defaultdict(list)  # (mode, reward name) -> values of all ranks, one tensor a batch
         self._in_tool_loop = False
         super().__init__(*args, **kwargs)
@@ -169,6 +171,13 @@ class Trainer(GRPOTrainer):
             # backward pass of its own, and ZeRO-3 takes the gradients of one.
             if self.accelerator.device.type == "cpu" and not self.args.gradient_checkpointing:
                 rows = -(-rows // 2)
+            if self.longest_row and torch.is_grad_enabled():
+                padding = (0, max(0, self.longest_row - input_ids.shape[1]))
+                self.longest_row = 0
+                scored = score(
+                    pad(input_ids, padding), pad(attention_mask, padding), logits_to_keep + padding[1], rows
+                )
+                return tuple(values if values is None else values[:, :logits_to_keep] for values in scored)
             return score_by_length(score, input_ids, attention_mask, logits_to_keep, rows)
         size = batch_size or len(input_ids)
         start, temperature = self.model.config.decoder_start_token_id, self.temperature
@@ -272,6 +281,7 @@ def build_trainer(
     tools: list | None = None,
     environment_factory=None,
     callbacks: list,
+    longest_prompt: int | None = None,
 ) -> GRPOTrainer | SFTTrainer | Seq2SeqTrainer:
     """Build the trainer of a run.
 
@@ -286,6 +296,7 @@ def build_trainer(
         tools: functions that the model may call.
         environment_factory: as TRL takes it.
         callbacks: in place of the two of transformers that print.
+        longest_prompt: tokens, where it is known.
     """
     check_trl_version()
     name = model_args.model_name_or_path
@@ -305,6 +316,7 @@ def build_trainer(
     }
     if recipe.method == "grpo":
         options |= {"tools": tools or None, "environment_factory": environment_factory}
+        options["longest_row"] = longest_prompt + args.max_completion_length if longest_prompt else 0
         trainer = _build_grpo(name, config, recipe, args, reward_funcs, **datasets, **options)
     elif seq2seq.is_seq2seq(config):
         trainer = _build_seq2seq_sft(name, config, args, datasets, **options)

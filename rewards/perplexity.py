@@ -34,18 +34,25 @@ def perplexity_reward(prompts, completions, *, model: str = MODEL, batch_size: i
     return scores
 
 
-def perplexity_ready(*, model: str = MODEL, batch_size: int = 8) -> None:
-    """Raise ValueError where `model` cannot be read; called once before a run starts."""
-    from transformers import AutoConfig
+def perplexity_ready(*, model: str = MODEL, batch_size: int = 8) -> int:
+    """Return the number of parameters that every rank keeps. Called once before a run starts.
+
+    Raises:
+        ValueError: `model` cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if batch_size < 1:
         raise ValueError(f"perplexity_reward: batch_size is {batch_size} and must be at least 1")
     try:
-        AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
     except OSError as error:
         raise ValueError(
             f"perplexity_reward: model {model} is no folder with a model and no readable Hub id"
         ) from error
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 perplexity_reward.ready = perplexity_ready

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -72,6 +73,12 @@ def run_python(*arguments, cwd: Path, timeout: float = 600, status: int = 0, **e
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def memory_held_and_planned(console: str) -> tuple[float, float]:
+    """Return the GiB that a rank of a run held at most, and the plan's estimate."""
+    held = re.search(r"A rank held up to (\d+\.\d) GiB\. The plan said memory: .* = (\d+(?:\.\d+)?) of", console)
+    return float(held[1]), float(held[2])
 
 
 class Launch:

@@ -5,6 +5,7 @@ A model of either kind has a `name`, a `source`, and a method `complete` that yi
 
 import asyncio
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -170,7 +171,7 @@ class ModelPool:
 
         name, adapter = checkpoint.model, _adapter_name(checkpoint)
         if name not in self.models:
-            self._make_room()
+            self._make_room(name, config)
             dtype = "auto" if self.device == "cuda" else torch.float32
             model = _from_pretrained(seq2seq.model_class(config), name, checkpoint, dtype=dtype)
             if seq2seq.is_seq2seq(config):
@@ -191,10 +192,14 @@ class ModelPool:
             ) from error
         return self.models[name]
 
-    def _make_room(self) -> None:
-        """Forget all loaded models where the missing ones do not fit beside them."""
+    def _make_room(self, name: str, config) -> None:
+        """Forget all loaded models where the missing ones do not fit beside them. The model `name` is one of these."""
         missing = [Path(name) for name in self.names if name not in self.models]
         size = sum(file.stat().st_size for folder in missing for file in folder.glob("*model*"))
+        if not Path(name).exists():  # of the Hub; most files there have 16 bits a weight
+            with torch.device("meta"):
+                model = seq2seq.model_class(config).from_config(config)
+            size += 2 * sum(parameter.numel() for parameter in model.parameters())
         if self.device == "cuda":
             free = torch.cuda.mem_get_info()[0]
         else:
@@ -202,6 +207,8 @@ class ModelPool:
             size *= 2  # weights are kept in float32 here
         if size * 1.2 > free:
             self.models.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 class LocalModel:

@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import shlex
 import sys
+import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import yaml
 
 from grpo_launcher import hub, runs
 from grpo_launcher.errors import EXIT_REFUSED, UserError
-from grpo_launcher.launch import commands
+from grpo_launcher.launch import commands, doctor
 from grpo_launcher.launch.arguments import named_fields, parse
 from grpo_launcher.launch.hardware import find_hardware
 from grpo_launcher.launch.processes import Stopped, catching_signals, start
@@ -43,37 +45,52 @@ def main(argv: list[str]) -> int:
 
 def launch(options, flags: list[str]) -> int:
     """Check the recipe, print the plan, and run it."""
-    hub.use_cache_if_unreachable()
     hardware = find_hardware(options.assume_gpus, options.assume_memory or 24)
-    config = options.config or _default_recipe(hardware)
+    if options.doctor:
+        print("\n  ".join(["Machine:", *doctor.describe_machine(hardware)]))
+    hub.use_cache_if_unreachable()
+    configs = [options.config] if options.config else _default_recipes(hardware)
     layout_options = Options(options.colocate, options.vllm_gpus, options.sync)
-    resumed = _find_resumed_run(options, flags, config)
+    resumed = _find_resumed_run(options, flags, configs[0])
     if resumed:
-        config = str(resumed.folder / runs.RECIPE_FILE)
+        configs = [str(resumed.folder / runs.RECIPE_FILE)]
         if layout_options == Options():
             layout_options = Options(**resumed.options)
-    report = _check(["--config", config, *flags], hardware, layout_options, options.dry_run)
+    if options.doctor:
+        return _diagnose(["--config", configs[0], *flags], hardware, layout_options)
+    for config in configs:
+        report = _check(["--config", config, *flags], hardware, layout_options, options.dry_run)
+        if not any(problem.startswith("memory:") for problem in report.problems):
+            break
+    if not options.config and not resumed:
+        print(f"No recipe given: {Path(config).name}, the default of this machine.")
     if resumed:
         report.name = resumed.recipe
     _check_output(report, resumed, options)
-    rendezvous = commands.choose_ports(report, check=not options.dry_run) if report.layout else 0
     _print_plan(report)
     if report.problems or (report.missing and not options.dry_run):
         lines = [*report.problems, *([] if options.dry_run else report.missing)]
         print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         return EXIT_REFUSED
     if options.dry_run:
-        _print_commands(report, hardware, rendezvous)
+        _print_commands(report, hardware)
         return 0
-    run = _write_run(report, resumed, layout_options, hardware, rendezvous)
+    return _run(report, resumed, layout_options, hardware)
+
+
+def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware) -> int:
+    """Fetch the model, find free ports, write the run folder, and run. The ports are taken soon after."""
+    _download(report.values["model_name_or_path"], report.values["model_revision"])
+    rendezvous = commands.choose_ports(report)
+    run = _write_run(report, resumed, options, hardware, rendezvous)
     url = commands.server_url(report.values) if report.layout.starts_server else None
     return supervise(run, url, report.values["vllm_server_timeout"])
 
 
-def _default_recipe(hardware: Hardware) -> str:
-    name = "tldr_length.yaml" if hardware.gpus else "quickstart.yaml"
-    print(f"No recipe given: {name}, the default {'with' if hardware.gpus else 'without'} a GPU.")
-    return str(PROJECT / "configs" / name)
+def _default_recipes(hardware: Hardware) -> list[str]:
+    """Return the recipes of which the first that fits into the memory is the default."""
+    names = ["tldr_length", "tldr_lora", "tldr_qlora"] if hardware.gpus else ["quickstart"]
+    return [str(PROJECT / "configs" / f"{name}.yaml") for name in names]
 
 
 def _find_resumed_run(options, flags: list[str], config: str) -> runs.Run | None:
@@ -91,6 +108,30 @@ def _find_resumed_run(options, flags: list[str], config: str) -> runs.Run | None
     return run
 
 
+def _diagnose(argv: list[str], hardware: Hardware, options: Options) -> int:
+    """Print the plan, and rehearse: two steps with a small random model (--doctor)."""
+    with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as folder:
+        report = run_preflight(argv, hardware, options, start, folder)
+        print(f"  {report.torch}")
+        _print_plan(report)
+        for line in [*report.problems, *report.missing]:
+            print(f"  {line}")
+        rehearsal = report.rehearsal
+        if rehearsal is None or rehearsal.problems or rehearsal.missing:
+            lines = [*rehearsal.problems, *rehearsal.missing] if rehearsal else ["the recipe has problems"]
+            print("\n  ".join(["Rehearsal: not possible", *lines]))
+            return EXIT_REFUSED
+        stand_in = ", of the quickstart, as something is missing" if report.missing else ""
+        print(f"Rehearsal: two steps with random weights{stand_in}")
+        rehearsal.name, rehearsal.values["output_dir"] = "doctor", None
+        started = time.monotonic()
+        status = _run(rehearsal, None, options, hardware)
+    if status == 0:
+        lines = doctor.describe_rehearsal(Path(rehearsal.values["output_dir"]), time.monotonic() - started)
+        print("\n  ".join(["Rehearsal:", *lines]))
+    return status
+
+
 def _check(argv: list[str], hardware: Hardware, options: Options, dry_run: bool) -> Report:
     """Run the preflight, and make what it misses: a merged model, and what the recipe's `prepare` makes."""
     report = run_preflight(argv, hardware, options, start)
@@ -98,23 +139,23 @@ def _check(argv: list[str], hardware: Hardware, options: Options, dry_run: bool)
         return report
     if report.adapter:
         print(f"Merging the adapter {report.adapter} into its base.", flush=True)
-        _run_module("grpo_launcher.merge", report.adapter)
+        _run_python("grpo_launcher.merge", report.adapter)
         report = run_preflight(argv, hardware, options, start)
     prepare = report.values.get("prepare")
     from_flags = [line for line in report.missing if line.split(":")[0] in named_fields(argv)]
     if report.missing and prepare and not from_flags and not report.problems:
-        print(f"Preparing what {report.name} needs: python -m {prepare}", flush=True)
-        _run_module(prepare)
+        print(f"Preparing what {report.name} needs: {prepare}", flush=True)
+        _run_python(*shlex.split(prepare))
         report = run_preflight(argv, hardware, options, start)
     return report
 
 
-def _run_module(module: str, *arguments: str) -> None:
-    child = start([sys.executable, "-P", "-m", module, *arguments], env={"DS_ACCELERATOR": "cpu"})
+def _run_python(name: str, *arguments: str) -> None:
+    """Run a script of this project, or a module."""
+    program = [str(PROJECT / name)] if name.endswith(".py") else ["-m", name]
+    child = start([sys.executable, "-P", *program, *arguments], env={"DS_ACCELERATOR": "cpu"})
     if child.wait():
-        raise UserError(
-            "prepare", f"python -m {module} failed with exit status {child.returncode}", "see its output above"
-        )
+        raise UserError("prepare", f"{name} failed with exit status {child.returncode}", "see its output above")
 
 
 def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
@@ -150,7 +191,6 @@ def _write_run(
 ) -> runs.Run:
     """Make the run folder with run.json, recipe.yaml and accelerate.yaml."""
     values, layout = report.values, report.layout
-    _download(values["model_name_or_path"], values["model_revision"])
     checkpoint = None
     if resumed:
         folder = resumed.folder
@@ -170,6 +210,7 @@ def _write_run(
         given=report.given,
         system_prompt=report.data.system_prompt,
         max_prompt=report.data.max_prompt,
+        longest_prompt=report.data.longest_prompt,
         layout=asdict(layout),
         options=asdict(options),
         commands={name: asdict(command) for name, command in started.items()},
@@ -192,7 +233,7 @@ def _download(model: str, revision: str | None) -> None:
         arguments += ["--exclude", pattern]
     if revision not in (None, "main"):
         arguments += ["--revision", revision]
-    _run_module("huggingface_hub.cli.hf", *arguments)
+    _run_python("huggingface_hub.cli.hf", *arguments)
 
 
 def _print_plan(report: Report) -> None:
@@ -201,7 +242,8 @@ def _print_plan(report: Report) -> None:
         print(f"  {line}")
 
 
-def _print_commands(report: Report, hardware: Hardware, rendezvous: int) -> None:
+def _print_commands(report: Report, hardware: Hardware) -> None:
+    rendezvous = commands.choose_ports(report, check=False)
     folder = Path(report.values["output_dir"] or runs.ROOT / report.name / "N")
     shown = {"trainer": commands.trainer_command(report.layout, hardware, folder)}
     if report.layout.starts_server:

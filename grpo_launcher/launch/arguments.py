@@ -17,6 +17,7 @@ Train a recipe: a vLLM server generates, ZeRO-3 ranks train, with or without a G
   bash launch_train.sh configs/tldr_length.yaml          a recipe
   bash launch_train.sh configs/tldr_length.yaml --beta 0.1 --max_steps 200
   bash launch_train.sh configs/tldr_length.yaml --dry-run --assume-gpus 4 --assume-memory 24
+  bash launch_train.sh --doctor                          does this machine work? A report to send with a question
 
 The hardware decides the layout. No GPU: two ZeRO-3 ranks and a vLLM server on the CPU. One GPU: vLLM inside the
 trainer (colocate). Two or more: the last for the vLLM server, the others for ZeRO-3. The run's folder is
@@ -52,6 +53,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--resume",
         action="store_true",
         help="go on with the recipe's newest run (or --output_dir) from its last checkpoint",
+    )
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="print a report on this machine and a rehearsal of the recipe, for an issue; a minute or two",
     )
     parser.add_argument(
         "--no-install",

