@@ -35,12 +35,14 @@ class Options:
     """What the launcher's command line says about the layout.
 
     ranks: number of ranks where something else has started them (accelerate launch); None for the launcher.
+    deepspeed: whether these ranks use it.
     """
 
     colocate: bool = False
     vllm_gpus: int | None = None
     sync: str | None = None
     ranks: int | None = None
+    deepspeed: bool = True
 
 
 @dataclass
@@ -125,7 +127,7 @@ def choose_layout(
     layout = Layout(
         method=values["method"],
         is_seq2seq=is_seq2seq,
-        parallel=values["parallel"] or ("ddp" if is_quantized else "zero3"),
+        parallel=values["parallel"] or ("ddp" if is_quantized or not options.deepspeed else "zero3"),
         ranks=options.ranks or len(hardware.gpus) or CPU_RANKS,
         train_gpus=hardware.gpus,
         server_url=values["vllm_server_base_url"],

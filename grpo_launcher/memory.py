@@ -9,13 +9,14 @@ from grpo_launcher.layout import Hardware, Layout
 from grpo_launcher.preflight_runner import ModelInfo
 
 GIB = 2**30
-FREE = 0.08  # share of a device's memory that is left to what no library counts, such as the context of CUDA
+# Shares of a device's memory that are left to what no library counts, such as the context of CUDA
+FREE_ON_GPU, FREE_ON_CPU = 0.08, 0.05
 FREE_UNKNOWN = 0.2  # the same where the activations are not known
 LIBRARIES = 0.9  # GiB of a rank on a CPU before it holds a model
 # Found by measuring runs on a CPU: gloo gathers into copies, which leave gaps in the heap
-GATHERED_ON_CPU, HEAP_ON_CPU = 3, 1.05
+GATHERED_ON_CPU, HEAP_ON_CPU = 2.5, 1.05
 SERVER_LIBRARIES = 1.4  # GiB of a vLLM server's two processes on a CPU
-SERVER_COPIES = 2.6  # of the weights: as loaded, as packed for the kernels, and some of the file of a sync
+SERVER_COPIES = 2  # of the weights: as loaded, and as packed for the kernels
 # DeepSpeed's own sizes, in parameters: reduce_bucket_size and stage3_max_live_parameters
 BUCKET, LIVE = 5e8, 1e9
 # TRL's tile of logits, in tokens and vocabulary (kernels/chunked_logprob.py), and how many of them a CPU holds at once
@@ -65,11 +66,8 @@ class Load:
         copies = 1 if self.has_gpu else GATHERED_ON_CPU
         gathered = copies * size * min(model.parameters, LIVE) / GIB if self.zero3 else 0
         step = {"gathered weights": gathered, "activations": self._activations(), "head": self._head()}
-        sync = {
-            "whole model at each sync": copies * size * model.parameters / GIB
-            if self.lora and self.zero3 and self.syncs
-            else 0
-        }
+        merges = self.lora and self.zero3 and self.syncs
+        sync = {"whole model at each sync": merges * copies * size * model.parameters / GIB}
         parts |= {name: gib for name, gib in max(step, sync, key=lambda part: sum(part.values())).items() if gib}
         return parts
 
@@ -97,18 +95,19 @@ class Load:
 
 
 def server_memory(parameters: int, size: float) -> float:
-    """Return the GiB of a vLLM server on a CPU at a weight sync."""
+    """Return the GiB of a vLLM server on a CPU. It takes more at a weight sync, and the ranks take less then."""
     cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
     return SERVER_LIBRARIES + cache + SERVER_COPIES * size * parameters / GIB
 
 
 def check_memory(
     values: dict, layout: Layout, hardware: Hardware, model: ModelInfo, offload: bool
-) -> tuple[str, list[UserError]]:
+) -> tuple[str, str, list[UserError]]:
     """Hold the estimate against the devices.
 
     Returns:
-        One line for the plan, and what does not fit, with remedies.
+        One line for the plan; settings that take a fifth less, for a run whose memory runs out all the same; and what
+        does not fit, with remedies.
     """
     zero3, has_gpu = layout.parallel == "zero3", bool(layout.train_gpus)
     load = Load(
@@ -132,12 +131,12 @@ def check_memory(
     line += f" = {needed:.2g} of {device:.1f} GiB" + ("" if model.row_activations else ", and activations beside it")
     line += f"; {others}" if others else ""
     problems = _check_server(values, layout, model.parameters)
-    free = FREE if model.row_activations else FREE_UNKNOWN
+    free = (FREE_ON_GPU if has_gpu else FREE_ON_CPU) if model.row_activations else FREE_UNKNOWN
     if needed > device * (1 - free):
         remedies = _remedies(values, layout, load, device, free)
         problem = f"a rank needs {needed:.1f} GiB, and of {device:.1f} GiB {free:.0%} must stay free"
         problems.append(UserError("memory", problem + (f"; {others}" if others else ""), "; or ".join(remedies)))
-    return line, problems
+    return line, "; or ".join(_remedies(values, layout, load, 0.8 * needed, 0)), problems
 
 
 def _device(values: dict, layout: Layout, hardware: Hardware, load: Load) -> tuple[float, str]:

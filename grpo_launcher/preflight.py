@@ -504,7 +504,9 @@ class _Check:
             self._activations()
         zero3 = yaml.safe_load((PROJECT / "zero3.yaml").read_text(encoding="utf-8"))["deepspeed_config"]
         offload = zero3.get("offload_optimizer_device", "none") != "none"
-        line, problems = check_memory(report.values, report.layout, self.hardware, report.model, offload)
+        line, report.lighter, problems = check_memory(
+            report.values, report.layout, self.hardware, report.model, offload
+        )
         report.lines.append(line)
         self.collect(problems)
 

@@ -64,6 +64,7 @@ class Report:
     model: ModelInfo | None = None
     data: DataInfo | None = None
     lines: list[str] = field(default_factory=list)  # of the plan, for people
+    lighter: str = ""  # settings that take less memory
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     adapter: str | None = None  # to be merged into its base before the run

@@ -46,6 +46,7 @@ class Run:
         default_factory=dict
     )  # {"trainer": {"argv", "env"}, "server": ...}; empty without the launcher
     plan: list[str] = field(default_factory=list)  # its lines, as printed
+    lighter: str = "a smaller micro-batch or model"  # settings that take less memory
     longest_prompt: int | None = None  # tokens, of a dataset that is no stream
     versions: dict = field(default_factory=dict)
 

@@ -1,5 +1,6 @@
 """Check a recipe where no launcher has done it: train.py alone, or under accelerate launch."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def check_recipe(argv: list[str]) -> Run:
 
 
 def _write_run(argv: list[str], ranks: int) -> Run:
-    report = run_preflight(argv, find_hardware(), Options(ranks=ranks))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    report = run_preflight(argv, find_hardware(), Options(ranks=ranks, deepspeed=deepspeed))
     problems = [*report.problems, *report.missing]
     if problems:
         raise UserError("recipe", "\n  ".join(["it cannot run as it is", *problems]))

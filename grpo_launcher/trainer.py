@@ -48,9 +48,17 @@ class Trainer(GRPOTrainer):
     def __init__(self, *args, sample_every: int = 0, longest_row: int = 0, **kwargs):
         self.sample_every, self.longest_row = sample_every, longest_row
         self._measure_values = defaultdict(list)  # (mode, reward name) -> values of all ranks, one tensor a batch
-        self._in_tool_loop = False
+        self._in_tool_loop, self._generating = False, "generating"
         super().__init__(*args, **kwargs)
         self.is_seq2seq = seq2seq.is_seq2seq(self.model.config)
+        if self.use_vllm:
+            self.vllm_generation.sync_weights = functools.partial(self._sync, self.vllm_generation.sync_weights)
+
+    def _sync(self, sync_weights) -> None:
+        """Give vLLM the weights, and say so: TRL does it within the generation."""
+        self._report("sending weights to vLLM")
+        sync_weights()
+        self._report(self._generating)
 
     @property
     def mode(self) -> str:
@@ -137,7 +145,8 @@ class Trainer(GRPOTrainer):
         """
         if self._in_tool_loop and self._needs_lockstep:
             return self._generate_together(prompt_ids)
-        self._report(f"generating {len(prompt_ids) * self.accelerator.num_processes} completions")
+        self._generating = f"generating {len(prompt_ids) * self.accelerator.num_processes} completions"
+        self._report(self._generating)
         if not self.is_seq2seq:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images

@@ -215,6 +215,7 @@ def _write_run(
         options=asdict(options),
         commands={name: asdict(command) for name, command in started.items()},
         plan=report.lines,
+        lighter=report.lighter,
     )
     run.write()
     accelerate = commands.accelerate_config(values, layout, rendezvous)

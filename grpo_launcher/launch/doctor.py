@@ -54,12 +54,12 @@ def describe_machine(hardware: Hardware) -> list[str]:
             lines.append(f"{title}: {space.free / GIB:.1f} of {space.total / GIB:.1f} GiB free")
         elif place:
             lines.append(f"{title}: there is no folder {place}")
-    lines.append(f"ports of 127.0.0.1: {len(free_ports(100))} of 100 that were looked for are free")
+    lines.append(f"free ports of 127.0.0.1: {', '.join(map(str, free_ports(3))) or 'none'}")
     names = sorted(name for name in os.environ if VARIABLES.match(name) or SECRET.search(name))
     names = [name for name in names if name.lower() != "no_proxy"]  # hub.bypass_proxies has set it
     shown = [f"{name} (set)" if SECRET.search(name) else f"{name}={os.environ[name]}" for name in names]
     lines.append(f"environment: {', '.join(shown) or 'none of the variables that matter'}")
-    return [*lines, _hub()]
+    return [re.sub("//[^/@ ]*@", "//", line) for line in [*lines, _hub()]]  # a mirror's address may hold a password
 
 
 def _gpus() -> list[str]:
@@ -115,16 +115,11 @@ def _hub() -> str:
 
 def describe_rehearsal(folder: Path, seconds: float) -> list[str]:
     """Return lines about a rehearsal that ended well."""
-    metrics = runs.read_metrics(folder)
-    trained = [line for line in metrics if "step_time" in line]
-    lines = [f"passed in {seconds:.0f} s: {len(trained)} steps, the last in {trained[-1]['step_time']:.1f} s"]
-    differences = [
-        line["sampling/sampling_logp_difference/max"]
-        for line in trained
-        if "sampling/sampling_logp_difference/max" in line
-    ]
-    if differences:
+    trained = [line for line in runs.read_metrics(folder) if "loss" in line]
+    lines = [f"passed in {seconds:.0f} s, with {len(trained)} steps"]
+    name = "sampling/sampling_logp_difference/max"
+    if differences := [line[name] for line in trained if name in line]:
         lines.append(
-            f"log-probabilities of server and trainer differ by at most {max(differences):.1g}, also after the sync"
+            f"server and trainer differ by at most {max(differences):.1g} in log-probability, after a sync too"
         )
     return lines

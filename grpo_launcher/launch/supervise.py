@@ -42,7 +42,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
     children, undertaker, server = [], None, None
-    witness, screen = Witness(run), Screen(run.folder)
+    witness, screen = Witness(run), Screen(run.folder, server_url)
     (run.folder / PROGRESS).unlink(missing_ok=True)
     with (
         shared,
@@ -84,20 +84,33 @@ class Witness:
     """What is known of a run's processes when one of them ends: their logs, their memory, and the kernel's kills."""
 
     def __init__(self, run: Run):
-        self.folder, self.memory_plan = run.folder, run.memory_plan
+        self.folder, self.remedy = run.folder, f"{run.memory_plan} Fix: {run.lighter}."
         logs = (run.folder / name for name in ("train.log", "server.log"))
         self.starts = {log.name: log.stat().st_size if log.exists() else 0 for log in logs}  # of a run that is resumed
         self.kills = memory_kills()
         self.peaks = {}  # process id -> GiB, while it lives
+        self.read, self.first_anomaly = dict(self.starts), None  # name of the log that has shown the first traceback
         self.is_over = threading.Event()
-        threading.Thread(target=self._measure, daemon=True).start()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
 
-    def _measure(self) -> None:
+    def _watch(self) -> None:
         while not self.is_over.wait(1):
+            self._read_logs()
             for pid in descendants():
                 with suppress(OSError):
                     if match := re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
                         self.peaks[pid] = int(match[1]) * 1024 / GIB
+
+    def _read_logs(self) -> None:
+        """Look for a traceback in what was written since the last look. The server's may cause the trainer's."""
+        for name in ("server.log", "train.log"):
+            with open(self.folder / name, "rb") as file:
+                file.seek(self.read[name])
+                lines = file.read().rpartition(b"\n")[0]
+            self.read[name] += len(lines)
+            if b"Traceback (most recent call last)" in lines:
+                self.first_anomaly = self.first_anomaly or name
 
     def log(self, name: str) -> str:
         """Return what this launch has added to a log."""
@@ -114,7 +127,13 @@ class Witness:
             return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log")
         message = f"The trainer failed (exit status {status})."
         if OUT_OF_MEMORY.search(first_traceback(log)):
-            message += f" The memory had run out.{self.remedy()}"
+            message += f" The memory had run out.{self.remedy}"
+        self.is_over.set()
+        self.watcher.join()
+        self._read_logs()
+        if self.first_anomaly == "server.log":
+            before = self.with_traceback("The vLLM server had failed before it.", "server.log")
+            message = f"{before}\n\n{message}"
         return self.with_traceback(message, "train.log")
 
     def killed(self, who: str, number: int, pid: int, log: str) -> str:
@@ -126,13 +145,8 @@ class Witness:
         if memory_kills() == self.kills:
             message += " The memory had not run out: another program, or a person, sent it."
         else:
-            message += f" The memory had run out, and the kernel chose this process.{self.remedy()}"
+            message += f" The memory had run out, and the kernel chose this process.{self.remedy}"
         return f"{message} All of it: {self.folder / log}"
-
-    def remedy(self) -> str:
-        """Return what the plan had estimated, and what takes less memory."""
-        fix = "lower per_device_train_batch_size or max_completion_length, use_peft: true, or a smaller model"
-        return f"{self.memory_plan} Fix: {fix}."
 
     def with_traceback(self, message: str, log: str) -> str:
         """Return a message with a log's name and first traceback."""
@@ -151,8 +165,8 @@ class Screen:
     On a terminal that is one line, which is written anew each second.
     """
 
-    def __init__(self, folder: Path):
-        self.progress = folder / PROGRESS
+    def __init__(self, folder: Path, server_url: str | None = None):
+        self.progress, self.server_url = folder / PROGRESS, server_url
         self.is_terminal = sys.stdout.isatty()
         self.lock = threading.Lock()
         self.last = time.monotonic()
@@ -181,7 +195,10 @@ class Screen:
         if silence < (SILENCE if self.is_terminal else 6 * SILENCE) or not self.progress.exists():
             return
         seconds = time.time() - self.progress.stat().st_mtime
-        text = f"  {self.progress.read_text(encoding='utf-8')} ({seconds:.0f} s)"
+        work = self.progress.read_text(encoding="utf-8")
+        if "generating" in work and self.server_url and (left := _completions_left(self.server_url)):
+            work += f", {left} of them left"
+        text = f"  {work} ({seconds:.0f} s)"
         if self.is_terminal:
             self.write("", status=text)
         else:
@@ -239,6 +256,17 @@ def _report_lost_server(witness: Witness, screen: Screen, what: str, ended: subp
     else:
         message = witness.with_traceback(f"The vLLM server {what}.", "server.log")
     screen.fail(message)
+
+
+def _completions_left(url: str) -> int:
+    """Return how many completions a vLLM server works on or will; 0 where it does not say."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=1) as answer:
+            metrics = answer.read().decode()
+    except OSError:
+        return 0
+    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", metrics, re.MULTILINE)
+    return round(sum(map(float, counts)))
 
 
 def _is_healthy(url: str) -> bool:

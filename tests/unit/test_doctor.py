@@ -30,6 +30,7 @@ def test_the_machine_is_described_without_secrets(work, monkeypatch):
     monkeypatch.setenv("GRPO_SHARED_MEMORY", "/no/such/folder")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:hidden-value@mirror.example")
     for name in ("HF_TOKEN", "WANDB_API_KEY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "hidden-value")
     text = "\n".join(doctor.describe_machine(MACHINE))
@@ -84,9 +85,11 @@ def test_without_model_and_data_the_quickstart_stands_in(work):
 
 
 def test_what_a_rehearsal_showed(work):
-    lines = [{"step": step, "step_time": 3.0, "sampling/sampling_logp_difference/max": 1e-5} for step in (1, 2)]
+    lines = [{"step": step, "loss": 0.1, "sampling/sampling_logp_difference/max": 1e-5} for step in (1, 2)]
     (work / runs.METRICS).write_text(
         "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 2, "eval_loss": 0}])
     )
     passed, sync = doctor.describe_rehearsal(work, 50)
     assert "2 steps" in passed and "1e-05" in sync
+    (work / runs.METRICS).write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")  # of a supervised run
+    assert len(doctor.describe_rehearsal(work, 50)) == 1

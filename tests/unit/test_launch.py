@@ -355,12 +355,12 @@ def test_the_limits_of_a_container_hold(version, monkeypatch, tmp_path):
 def test_the_doctor_rehearses_in_a_run_of_its_own(launch, tmp_path, monkeypatch, capsys):
     def supervise(run, url, timeout) -> int:
         assert (run.folder.parent.name, run.values["max_steps"]) == ("doctor", 2) and url
-        (run.folder / "metrics.jsonl").write_text('{"step": 2, "step_time": 1.5}\n')
+        (run.folder / "metrics.jsonl").write_text('{"step": 2, "loss": 1.5}\n')
         return 0
 
     monkeypatch.setattr(launcher, "supervise", supervise)
     assert launch(f"--doctor {SMALL}") == 0
     output = capsys.readouterr().out
-    assert "processor:" in output and "torch" in output and "memory: " in output and "the last in 1.5 s" in output
+    assert "processor:" in output and "torch" in output and "memory: " in output and "with 1 steps" in output
     assert launch("--doctor --beta -1") == 2
     assert "beta: " in capsys.readouterr().out and launch.modules == []

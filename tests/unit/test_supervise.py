@@ -1,11 +1,14 @@
 """Server and ranks start together and end together, whatever ends them. Stubs stand for both."""
 
 import contextlib
+import functools
+import http.server
 import os
 import re
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +72,8 @@ def run(tmp_path, monkeypatch, capfd):
         commands = {"trainer": command(trainer)}
         if server:
             commands["server"] = command(server.replace("PORT", str(port)))
-        stub = Run(tmp_path, "stub", {}, [], commands=commands, plan=["memory: 0.1 GiB", "context: 2"])
+        plan = {"plan": ["memory: 0.1 GiB", "context: 2"], "lighter": "--per_device_train_batch_size 4"}
+        stub = Run(tmp_path, "stub", {}, [], commands=commands, **plan)
         status = supervise(stub, f"http://127.0.0.1:{port}" if server else None, timeout)
         assert len(started) == len(commands) and all(child.poll() is not None for child in started)
         assert list((tmp_path / "shm").iterdir()) == []
@@ -112,6 +116,24 @@ def test_on_a_terminal_that_is_one_line(tmp_path, capfd, monkeypatch):
     screen.show("step 1/9\n")
     out = re.sub(r"\d+ s", "N s", capfd.readouterr().out)
     assert out == 2 * "\r\033[K  step 1: scoring (N s)" + "\r\033[Kstep 1/9\n"
+
+
+def test_the_console_counts_the_completions_that_are_left(tmp_path, capfd, monkeypatch):
+    """A vLLM server tells. One that does not is left out."""
+    monkeypatch.setattr(supervise_module, "SILENCE", 0)
+    (tmp_path / "progress.txt").write_text("step 2: generating 8 completions")
+    (tmp_path / "metrics").write_text(
+        '# HELP vllm:num_requests_running\nvllm:num_requests_running{engine="0"} 2.0\n'
+        'vllm:num_requests_waiting{engine="0"} 1.0\nvllm:num_requests_waiting_by_reason{engine="0"} 1.0\n'
+    )
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        supervise_module.Screen(tmp_path, f"http://127.0.0.1:{server.server_port}").tell()
+        server.shutdown()
+    supervise_module.Screen(tmp_path, f"http://127.0.0.1:{free_port()}").tell()
+    told, untold = capfd.readouterr().out.splitlines()
+    assert "generating 8 completions, 3 of them left (" in told and "left" not in untold
 
 
 def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
@@ -254,6 +276,25 @@ def test_memory_that_is_refused_is_told_with_the_traceback(run, capfd):
     assert run(f"import os; os.execv('/bin/bash', ['bash', '-c', {code!r}])") == 1
     errors = capfd.readouterr().err
     assert "The memory had run out. The plan said memory: 0.1 GiB." in errors and "you tried to allocate" in errors
+
+
+SERVER_FAILS = """
+import sys, threading, time
+time.sleep(WAIT)
+print("(Worker) Traceback (most recent call last)\\n  File 1\\nValueError: no such adapter", file=sys.stderr)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_failed_first_is_told_first(is_first, run, capfd):
+    """A server that answers with an error and goes on is the cause, where its traceback came before the trainer's."""
+    waits = (0, 2.5) if is_first else (300, 0)
+    trainer = f"import time; time.sleep({waits[1]}); raise OSError('500 Server Error')"
+    assert run(trainer, SERVER_FAILS.replace("WAIT", str(waits[0]))) == 1
+    errors = capfd.readouterr().err
+    assert ("The vLLM server had failed before it." in errors) == is_first and "500 Server Error" in errors
+    assert not is_first or errors.index("no such adapter") < errors.index("500 Server Error")
 
 
 def test_a_server_that_is_killed_is_named(run, capfd):
