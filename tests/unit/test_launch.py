@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -364,3 +365,28 @@ def test_the_doctor_rehearses_in_a_run_of_its_own(launch, tmp_path, monkeypatch,
     assert "processor:" in output and "torch" in output and "memory: " in output and "with 1 steps" in output
     assert launch("--doctor --beta -1") == 2
     assert "beta: " in capsys.readouterr().out and launch.modules == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "memory", "recipe"),
+    [
+        (4, 24, "tldr_length"),
+        (1, 80, "tldr_length"),
+        (2, 24, "tldr_lora"),
+        (1, 8, "tldr_qlora"),
+        (0, 24, "quickstart"),
+    ],
+)
+def test_the_memory_decides_the_default_recipe(gpus, memory, recipe, launch, capsys):
+    launcher.main(["--dry-run", "--assume-gpus", str(gpus), "--assume-memory", str(memory)])
+    assert f"No recipe given: {recipe}.yaml" in capsys.readouterr().out
+
+
+def test_a_recipe_prepares_its_data_by_a_script_of_the_project(launch, monkeypatch):
+    recipe = str(ROOT / "configs/tldr_length.yaml")
+    assert launch("--model_name_or_path model", recipe) == 2 and launch.modules == [("process_dataset.py", "tldr")]
+    started = []
+    monkeypatch.undo()
+    monkeypatch.setattr(launcher, "start", lambda command, env: started.append(command) or SimpleNamespace(wait=int))
+    launcher._run_python("process_dataset.py", "tldr")
+    assert started == [[sys.executable, "-P", str(ROOT / "process_dataset.py"), "tldr"]]
