@@ -12,7 +12,7 @@ GIB = 2**30
 # Shares of a device's memory that are left to what no library counts, such as the context of CUDA
 FREE_ON_GPU, FREE_ON_CPU = 0.08, 0.05
 FREE_UNKNOWN = 0.2  # the same where the activations are not known
-LIBRARIES = 0.9  # GiB of a rank on a CPU before it holds a model
+LIBRARIES = 1.0  # GiB of a rank on a CPU beside what its model takes
 # Found by measuring runs on a CPU: gloo gathers into copies, which leave gaps in the heap
 GATHERED_ON_CPU, HEAP_ON_CPU = 2.5, 1.05
 SERVER_LIBRARIES = 1.4  # GiB of a vLLM server's two processes on a CPU

@@ -47,6 +47,7 @@ def launch(options, flags: list[str]) -> int:
     """Check the recipe, print the plan, and run it."""
     hardware = find_hardware(options.assume_gpus, options.assume_memory or 24)
     if options.doctor:
+        print(f"Report of: bash launch_train.sh {shlex.join(sys.argv[1:])}")
         print("\n  ".join(["Machine:", *doctor.describe_machine(hardware)]))
     hub.use_cache_if_unreachable()
     configs = [options.config] if options.config else _default_recipes(hardware)
@@ -114,15 +115,15 @@ def _diagnose(argv: list[str], hardware: Hardware, options: Options) -> int:
         report = run_preflight(argv, hardware, options, start, folder)
         print(f"  {report.torch}")
         _print_plan(report)
-        for line in [*report.problems, *report.missing]:
+        for line in [*report.problems, *(f"missing: {line}" for line in report.missing)]:
             print(f"  {line}")
         rehearsal = report.rehearsal
         if rehearsal is None or rehearsal.problems or rehearsal.missing:
             lines = [*rehearsal.problems, *rehearsal.missing] if rehearsal else ["the recipe has problems"]
             print("\n  ".join(["Rehearsal: not possible", *lines]))
             return EXIT_REFUSED
-        stand_in = ", of the quickstart, as something is missing" if report.missing else ""
-        print(f"Rehearsal: two steps with random weights{stand_in}")
+        stand_in = " The quickstart stands in for what is missing." if report.missing else ""
+        print(f"Rehearsal: two steps with random weights, so that rewards and texts mean nothing.{stand_in}")
         rehearsal.name, rehearsal.values["output_dir"] = "doctor", None
         started = time.monotonic()
         status = _run(rehearsal, None, options, hardware)

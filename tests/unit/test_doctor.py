@@ -89,7 +89,7 @@ def test_what_a_rehearsal_showed(work):
     (work / runs.METRICS).write_text(
         "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 2, "eval_loss": 0}])
     )
-    passed, sync = doctor.describe_rehearsal(work, 50)
+    passed, sync, _ = doctor.describe_rehearsal(work, 50)
     assert "2 steps" in passed and "1e-05" in sync
     (work / runs.METRICS).write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")  # of a supervised run
     assert len(doctor.describe_rehearsal(work, 50)) == 1
