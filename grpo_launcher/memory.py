@@ -128,7 +128,7 @@ def check_memory(
     detail = " + ".join(f"{name} {gib:.2g}" for name, gib in parts.items())
     line = f"memory: {model.parameters / 1e6:,.1f} million parameters (from {model.source}); a rank {detail}"
     line += "" if has_gpu else ", and 5 % for gaps"
-    line += f" = {needed:.2g} of {device:.1f} GiB" + ("" if model.row_activations else ", and activations beside it")
+    line += f" = {needed:.3g} of {device:.1f} GiB" + ("" if model.row_activations else ", and activations beside it")
     line += f"; {others}" if others else ""
     problems = _check_server(values, layout, model.parameters)
     free = (FREE_ON_GPU if has_gpu else FREE_ON_CPU) if model.row_activations else FREE_UNKNOWN
