@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -120,7 +120,7 @@ class _Check:
             self.meta_model = seq2seq.model_class(config).from_config(config, **trust)
         text_config = config.get_text_config()
         report.model = ModelInfo(
-            parameters=_count(self.meta_model.parameters()),
+            parameters=self.meta_model.num_parameters(),
             source="its config.json",
             context=seq2seq.max_positions(text_config),
             heads=getattr(text_config, "num_attention_heads", None),
@@ -243,7 +243,7 @@ class _Check:
                     config = AutoConfig.from_pretrained(reward, num_labels=1)
                     with torch.device("meta"):
                         model = AutoModelForSequenceClassification.from_config(config)
-                    parameters += _count(model.parameters())
+                    parameters += model.num_parameters()
                 elif hasattr(reward, "ready"):
                     parameters += reward.ready() or 0
             except OSError:
@@ -499,8 +499,7 @@ class _Check:
         if report.model is None:
             return
         if self.meta_model is not None:
-            trained = filter(lambda parameter: parameter.requires_grad, self.meta_model.parameters())
-            report.model.trainable = _count(trained)
+            report.model.trainable = self.meta_model.num_parameters(only_trainable=True)
             self._activations()
         zero3 = yaml.safe_load((PROJECT / "zero3.yaml").read_text(encoding="utf-8"))["deepspeed_config"]
         offload = zero3.get("offload_optimizer_device", "none") != "none"
@@ -548,10 +547,6 @@ class _Check:
                 kept.pop(weight.untyped_storage()._cdata, None)
         model.row_tokens = prompt + completion
         model.row_activations = sum(storage.nbytes() for storage in kept.values()) / 2
-
-
-def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def _nearest_sizes(size: int, factor: int, group: int) -> str:

@@ -52,7 +52,7 @@ def perplexity_ready(*, model: str = MODEL, batch_size: int = 8) -> int:
             f"perplexity_reward: model {model} is no folder with a model and no readable Hub id"
         ) from error
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 perplexity_reward.ready = perplexity_ready

@@ -199,7 +199,7 @@ class ModelPool:
         if not Path(name).exists():  # of the Hub; most files there have 16 bits a weight
             with torch.device("meta"):
                 model = seq2seq.model_class(config).from_config(config)
-            size += 2 * sum(parameter.numel() for parameter in model.parameters())
+            size += 2 * model.num_parameters()
         if self.device == "cuda":
             free = torch.cuda.mem_get_info()[0]
         else:
