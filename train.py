@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     train_dataset, eval_dataset = load_for_training(run.values, tokenizer, run.max_prompt, **template_options)
 
     # Trainer
-    limits = guard_limits(recipe.guards, run.values["beta"])
+    limits = guard_limits(recipe.guards, run.values["beta"], args.bf16 or args.fp16)
     guards = Guards(run.folder, limits, metric="loss" if is_sft else "reward")
     trainer = build_trainer(
         recipe,

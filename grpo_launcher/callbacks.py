@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from transformers import TrainerCallback
 
+from grpo_launcher import overlap
 from grpo_launcher.errors import UserError, did_you_mean
 from grpo_launcher.messages import last_reply, last_user_text, transcript
 from grpo_launcher.runs import BEST, METRICS, STOPPED, checkpoints, point, read_metrics, report_progress
@@ -150,18 +151,24 @@ def print_summary(folder: Path) -> None:
         print(f"{folder}, {read_metrics(folder)[-1]['step']} steps:")
         table = pandas.DataFrame(changes, columns=["mean of", "the first three", "the last five"])
         print(table.to_string(index=False, float_format="{:.4g}".format), flush=True)
+    if text := overlap.summary(read_metrics(folder)):
+        print(text)
 
 
 FINITE = ("loss", "reward", "grad_norm", "kl")  # NaN or infinity in any of these stops a run at once
 FAILED_RATINGS = "failed_ratings"  # the largest rewards/NAME/failed; the other guards are metrics of metrics.jsonl
+SYNC_DIFFERENCE = "weight_sync/logp_difference"  # nats per token, between server and trainer after a push
+STOPPING = ("kl", SYNC_DIFFERENCE)  # the other guards warn
 GUARDS = {
-    "kl": {"max": 1.0, "steps": 3},  # nats per token; the one guard that stops a run
+    "kl": {"max": 1.0, "steps": 3},  # nats per token
+    SYNC_DIFFERENCE: {"max": 1e-3, "steps": 1},
     FAILED_RATINGS: {"max": 0.5, "steps": 5},
     "grad_norm": {"max": 100.0, "steps": 3},
     "entropy": {"min": 0.01, "steps": 5},
     "completions/clipped_ratio": {"max": 0.95, "steps": 20},
     "frac_reward_zero_std": {"max": 0.95, "steps": 20},
 }
+SYNC_DIFFERENCE_16_BIT = 0.3  # rounding alone makes some hundredths
 ADVICE = {
     FAILED_RATINGS: "see in train.log why the reward gave no rating",
     "grad_norm": "lower learning_rate or max_grad_norm",
@@ -172,13 +179,15 @@ ADVICE = {
 }
 
 
-def guard_limits(given: dict | None, beta: float) -> dict[str, dict]:
+def guard_limits(given: dict | None, beta: float, is_16_bit: bool = False) -> dict[str, dict]:
     """Merge the recipe's guards into the defaults: metric -> {"min" and/or "max", "steps"}; null switches one off.
 
     Raises:
         UserError: an unknown guard or bound, a bound that is no number, a KL guard with beta 0.
     """
     limits = dict(GUARDS)
+    if is_16_bit:
+        limits[SYNC_DIFFERENCE] = {"max": SYNC_DIFFERENCE_16_BIT, "steps": 1}
     for name, limit in (given or {}).items():
         if name not in GUARDS:
             raise UserError("guards", f"there is no guard {name!r}", did_you_mean(name, GUARDS))
@@ -201,7 +210,7 @@ def _is_limit(limit) -> bool:
 
 
 class Guards(TrainerCallback):
-    """Stop a run whose figures are not finite or whose KL is out of range; warn once about any other figure.
+    """Stop a run at figures that are not finite, and at STOPPING out of range; warn once about any other figure.
 
     At a stop the checkpoints whose weights made such a figure are renamed to diverged-checkpoint-STEP, so that neither
     --resume nor a comparison takes them, and stopped.json says why: {why, step, checkpoint}.
@@ -237,7 +246,7 @@ class Guards(TrainerCallback):
             if self.steps_outside[name] < limit["steps"]:
                 continue
             message = f"{problem} for {limit['steps']} steps"
-            if name == "kl":
+            if name in STOPPING:
                 reasons.append(message)
             elif name not in self.warned:
                 self.warned.add(name)

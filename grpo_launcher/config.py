@@ -116,8 +116,14 @@ class Recipe(ScriptArguments):
     parallel: Literal["zero3", "ddp"] | None = field(
         default=None, **_help("How ranks share the work: zero3 (default), or ddp (default for quantised weights).")
     )
-    weight_sync: Literal["nccl", "disk"] | None = field(
-        default=None, **_help("How the server gets new weights: nccl (default with GPUs), or disk, by shared memory.")
+    weight_sync: Literal["nccl", "disk", "adapter"] | None = field(
+        default=None,
+        **_help(
+            "How the server gets new weights: nccl, disk (shared memory), or adapter (of LoRA, no other weights)."
+        ),
+    )
+    overlap: bool = field(
+        default=False, **_help("The vLLM server makes the next completions while these are trained, by older weights.")
     )
     vllm_server_args: list[str] | None = field(
         default=None, **_help("More arguments of the vLLM server, passed through as they are: ['--max-num-seqs=64'].")

@@ -8,6 +8,8 @@ from grpo_launcher.errors import UserError
 SERVER_FIELDS = ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_model_impl", "vllm_server_args")
 SERVER_TIMEOUT = 900.0  # seconds to wait for the vLLM server, which loads and compiles; TRL's default is 240
 CPU_RANKS = 2
+ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM serves
+WHOLE_MODEL_SHARE = 0.25  # of a GPU: with LoRA a larger model is not gathered on every rank to send it to the server
 BF16_CAPABILITY = 8.0  # GPUs from Ampere on
 
 
@@ -108,7 +110,7 @@ class _Choice:
 
 
 def choose_layout(
-    values: dict, given: list[str], hardware: Hardware, options: Options, is_seq2seq: bool
+    values: dict, given: list[str], hardware: Hardware, options: Options, is_seq2seq: bool, parameters: int = 0
 ) -> tuple[Layout, dict, list[UserError]]:
     """Choose who trains and who generates.
 
@@ -118,6 +120,7 @@ def choose_layout(
         hardware: what there is.
         options: the launcher's command line.
         is_seq2seq: whether the model has an encoder.
+        parameters: of the model, where they are known.
 
     Returns:
         The layout, the fields that it fills, and everything that is wrong.
@@ -146,6 +149,9 @@ def choose_layout(
         _choose_vllm(choice, layout, hardware, options)
     else:
         _refuse_unused(choice, layout, options, no_vllm or "use_vllm is false")
+    if layout.use_vllm and layout.vllm_mode == "server":
+        _choose_weight_sync(choice, layout, options, parameters)
+        choice.default("vllm_server_timeout", SERVER_TIMEOUT)
     if not options.ranks:
         layout.ranks = len(layout.train_gpus) or CPU_RANKS
     return layout, choice.filled, choice.problems
@@ -206,9 +212,8 @@ def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: O
         _refuse_unused(choice, layout, options, "the launcher starts no server in this layout")
     elif values["vllm_enable_sleep_mode"]:
         choice.refuse("vllm_enable_sleep_mode", "a server of its own never sleeps", "leave it out, or --colocate")
-    if layout.vllm_mode == "server":
-        _choose_weight_sync(choice, hardware, options)
-        choice.default("vllm_server_timeout", SERVER_TIMEOUT)
+    if values["overlap"]:  # a whole completion of older weights would soon weigh nothing (trl#4772)
+        choice.default("vllm_importance_sampling_mode", "token_truncate")
 
 
 def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: str) -> None:
@@ -245,13 +250,32 @@ def _choose_server_gpus(choice: _Choice, layout: Layout, hardware: Hardware, opt
     layout.train_gpus, layout.server_gpus = hardware.gpus[:-size], hardware.gpus[-size:]
 
 
-def _choose_weight_sync(choice: _Choice, hardware: Hardware, options: Options) -> None:
-    given = choice.values["weight_sync"] if "weight_sync" in choice.given else None
+def _choose_weight_sync(choice: _Choice, layout: Layout, options: Options, parameters: int) -> None:
+    values, gpus = choice.values, layout.train_gpus
+    given = values["weight_sync"] if "weight_sync" in choice.given else None
+    field_name = "--sync" if options.sync else "weight_sync"
     if options.sync and given and options.sync != given:
         choice.refuse("--sync", f"{options.sync}, and the recipe says weight_sync: {given}", "give one of them")
-    sync = options.sync or given or ("nccl" if hardware.gpus else "disk")
-    if sync == "nccl" and not hardware.gpus:
-        choice.refuse(
-            "--sync" if options.sync else "weight_sync", "NCCL connects GPUs, and there is no GPU", "use disk"
-        )
+    sync = options.sync or given or ("nccl" if gpus else "disk")
+    no_adapter = _why_no_adapter(values)
+    if sync == "nccl" and not gpus:
+        choice.refuse(field_name, "NCCL connects GPUs, and there is no GPU", "use disk")
+    if sync == "adapter" and no_adapter:
+        choice.refuse(field_name, f"adapter does not fit: {no_adapter}", "leave it out")
+    if not options.sync and not given and not no_adapter and gpus and layout.parallel == "zero3":
+        share = 2 * parameters / 2**30 / min(gpu.memory for gpu in gpus)
+        sync = "adapter" if share > WHOLE_MODEL_SHARE else sync
     choice.filled["weight_sync"] = sync
+
+
+def _why_no_adapter(values: dict) -> str:
+    """Return why the vLLM server cannot generate with the adapter."""
+    if not values["use_peft"]:
+        return "without use_peft there is no adapter"
+    if name := next(
+        (name for name in ("use_dora", "lora_modules_to_save", "lora_target_parameters") if values[name]), ""
+    ):
+        return f"vLLM serves no adapter with {name}"
+    if values["lora_r"] > ADAPTER_RANKS[-1]:
+        return f"vLLM serves adapters up to rank {ADAPTER_RANKS[-1]}"
+    return ""

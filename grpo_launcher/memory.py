@@ -118,7 +118,7 @@ def check_memory(
         has_gpu=has_gpu,
         zero3=zero3,
         lora=values["use_peft"],
-        syncs=layout.use_vllm,
+        syncs=layout.use_vllm and values["weight_sync"] != "adapter",
         reference=values["beta"] != 0 and layout.method == "grpo",
         offload=offload and zero3,
         checkpointing=values["gradient_checkpointing"],

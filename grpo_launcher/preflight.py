@@ -33,6 +33,7 @@ from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
 from grpo_launcher.memory import check_memory
 from grpo_launcher.merge import needs_merge
 from grpo_launcher.messages import is_null
+from grpo_launcher.overlap import check_overlap
 from grpo_launcher.preflight_runner import PROJECT, DataInfo, ModelInfo, Report
 from grpo_launcher.trl_version import check_trl_version
 
@@ -137,7 +138,12 @@ class _Check:
         report = self.report
         is_seq2seq = bool(report.model and report.model.is_seq2seq)
         report.layout, filled, problems = choose_layout(
-            report.values, report.given, self.hardware, self.options, is_seq2seq
+            report.values,
+            report.given,
+            self.hardware,
+            self.options,
+            is_seq2seq,
+            report.model.parameters if report.model else 0,
         )
         self.collect(problems)
         if is_seq2seq:
@@ -166,6 +172,7 @@ class _Check:
             guard_limits(values["guards"], values["beta"])
         except UserError as error:
             self.report.problems.append(str(error))
+        self._generation()
         is_quantized = values["load_in_4bit"] or values["load_in_8bit"]
         if is_quantized and values["parallel"] == "zero3":
             self.refuse("parallel", "ZeRO-3 cannot shard quantised weights", "leave it out, or ddp")
@@ -184,6 +191,21 @@ class _Check:
             self.refuse("max_steps", "a stream has no length", "give the number of steps, for example max_steps: 200")
         if values["use_peft"] and self.meta_model is not None:
             self._check_lora_targets()
+
+    def _generation(self) -> None:
+        """Refuse what the importance sampling correction would misread, and overlap where nothing can overlap."""
+        values, layout = self.report.values, self.report.layout
+        if values["overlap"]:
+            self.collect(check_overlap(values, layout))
+        if not layout.use_vllm or not values["vllm_importance_sampling_correction"]:
+            return
+        whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        given = {name: values[name] for name in whole} | (values["generation_kwargs"] or {})
+        for name, value in whole.items():
+            if given[name] not in (value, None, -1):
+                problem = f"{given[name]}: vLLM reports the log-probabilities among the tokens that this leaves, and "
+                problem += "the importance sampling correction takes them for those among all (trl#6789)"
+                self.refuse(name, problem, "leave it out, or vllm_importance_sampling_correction: false")
 
     def _check_lora_targets(self) -> None:
         """Let peft look for the target modules in a model without weights, before the run loads the real one."""

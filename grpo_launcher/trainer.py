@@ -7,12 +7,13 @@ in tests/unit/test_trainer.py that fails when upstream has mended it, and then t
 import contextlib
 import copy
 import functools
+import itertools
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import get_peft_model
 from torch.nn.functional import pad
@@ -28,12 +29,17 @@ from transformers import (
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.generation import vllm_generation
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import create_model_from_path
 
 from grpo_launcher import seq2seq
-from grpo_launcher.callbacks import print_sample
+from grpo_launcher.callbacks import SYNC_DIFFERENCE, print_sample
+from grpo_launcher.overlap import NextBlock
 from grpo_launcher.runs import FINAL, report_progress
 from grpo_launcher.trl_version import check_trl_version
+from grpo_launcher.weight_sync import DiskSyncClient, send_adapter
+
+COMPARED_TOKENS = 32  # at most, of a prompt and of its completion
 
 
 class Trainer(GRPOTrainer):
@@ -43,22 +49,68 @@ class Trainer(GRPOTrainer):
         sample_every: steps between two printed samples; 0 prints none.
         longest_row: tokens of the longest prompt and completion. The first micro-batch is padded to it, so that a run
             whose memory does not suffice ends in its first step. 0: not known.
+        overlap: the vLLM server generates the next block while this one is trained.
+        adapter_sync: the vLLM server gets the LoRA adapter alone.
     """
 
-    def __init__(self, *args, sample_every: int = 0, longest_row: int = 0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        sample_every: int = 0,
+        longest_row: int = 0,
+        overlap: bool = False,
+        adapter_sync: bool = False,
+        **kwargs,
+    ):
         self.sample_every, self.longest_row = sample_every, longest_row
         self._measure_values = defaultdict(list)  # (mode, reward name) -> values of all ranks, one tensor a batch
         self._in_tool_loop, self._generating = False, "generating"
+        self._compared_prompt = None
         super().__init__(*args, **kwargs)
         self.is_seq2seq = seq2seq.is_seq2seq(self.model.config)
+        self._upcoming = deque()  # batches that were read and not yet trained
+        self._next_block = None
         if self.use_vllm:
-            self.vllm_generation.sync_weights = functools.partial(self._sync, self.vllm_generation.sync_weights)
+            client = getattr(self.vllm_generation, "vllm_client", None)  # of the main rank alone
+            self._next_block = NextBlock(client) if overlap else None
+            send_weights = self.vllm_generation.sync_weights
+            if adapter_sync:
+                send_weights = functools.partial(send_adapter, self.vllm_generation.model, self._dist, client)
+            self.vllm_generation.sync_weights = functools.partial(self._sync, send_weights)
 
-    def _sync(self, sync_weights) -> None:
+    def _sync(self, send_weights) -> None:
         """Give vLLM the weights, and say so: TRL does it within the generation."""
+        if self._next_block:
+            self._next_block.wait()
         self._report("sending weights to vLLM")
-        sync_weights()
+        send_weights()
+        if self.vllm_mode == "server":
+            self._compare_with_server()
         self._report(self._generating)
+
+    def _compare_with_server(self) -> None:
+        """Let server and trainer score the same few tokens, which proves that the weights arrived.
+
+        `weight_sync/server_logp` and `weight_sync/trainer_logp` are the mean log-probabilities of these tokens, and
+        `weight_sync/logp_difference` is the mean of the absolute differences, in nats.
+        """
+        answer = [None]
+        if self.is_world_process_zero():
+            client, prompt = self.vllm_generation.vllm_client, self._compared_prompt
+            options = {"temperature": self.temperature, "max_tokens": COMPARED_TOKENS, "logprobs": 0}
+            # The class's method: an instance that overlaps would take this for a block.
+            answer = [type(client).generate(client, [prompt], generation_kwargs={"seed": 0}, **options)]
+        broadcast_object_list(answer)
+        prompt, ids = answer[0]["prompt_ids"][0], answer[0]["completion_ids"][0]
+        tokens = torch.tensor([prompt + ids], device=self.accelerator.device)
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            score = self._get_per_token_logps_and_entropies
+            trainer = score(self.model, tokens, torch.ones_like(tokens), len(ids))[0][0].float().cpu()
+        server = torch.tensor([logprob for (logprob,) in answer[0]["logprobs"][0]])
+        metrics = self._metrics[self.mode]
+        metrics["weight_sync/server_logp"].append(server.mean().item())
+        metrics["weight_sync/trainer_logp"].append(trainer.mean().item())
+        metrics[SYNC_DIFFERENCE].append((server - trainer).abs().mean().item())
 
     @property
     def mode(self) -> str:
@@ -145,12 +197,14 @@ class Trainer(GRPOTrainer):
         """
         if self._in_tool_loop and self._needs_lockstep:
             return self._generate_together(prompt_ids)
+        self._compared_prompt = self._compared_prompt or prompt_ids[0][-COMPARED_TOKENS:]
         self._generating = f"generating {len(prompt_ids) * self.accelerator.num_processes} completions"
         self._report(self._generating)
         if not self.is_seq2seq:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+            generate = functools.partial(
+                super()._generate_single_turn, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+            return self._generate_ahead(generate) if self._next_block else generate()
         with unwrap_model_for_generation(
             self.model_wrapped,
             self.accelerator,
@@ -159,6 +213,71 @@ class Trainer(GRPOTrainer):
         ) as model:
             ids = seq2seq.sample_completions(model, prompt_ids, self.generation_config, self.eos_token_ids)
         return ids, None
+
+    # Overlap
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Read one block further than is trained, so that its prompts are known. The order stays the stock one."""
+        if self._next_block is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        missing = num_batches + self._block_batches - len(self._upcoming)
+        self._upcoming.extend(itertools.islice(epoch_iterator, missing))
+        batches = iter(list(itertools.islice(self._upcoming, num_batches)))
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _prepare_inputs(self, generation_batch):
+        """Count a batch as trained."""
+        if self._upcoming and self.mode == "train":
+            self._upcoming.popleft()
+        return super()._prepare_inputs(generation_batch)
+
+    @property
+    def _block_batches(self) -> int:
+        """How many batches are trained on one generation."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _generate_ahead(self, generate) -> tuple:
+        """Generate by `generate`, the stock path, which takes what is ahead; then ask for the next block."""
+        is_training, ahead = self.mode == "train", self._next_block
+        ahead.step = self.state.global_step if is_training else None
+        if errors := [error for error in gather_object([ahead.wait()]) if error]:
+            raise RuntimeError(errors[0])
+        result = generate()
+        if is_training:
+            prompts = self._next_prompts()
+            if self.is_world_process_zero():
+                if prompts:
+                    ahead.request(prompts)
+                for name, value in ahead.figures().items():
+                    self._metrics["train"][name].append(value)
+        return result
+
+    def _next_prompts(self) -> list[list[int]] | None:
+        """Return the token ids of the next block's prompts, each once; None where no block follows in this epoch."""
+        micro_batches = self.args.gradient_accumulation_steps
+        left = (self.state.max_steps - self.state.global_step) * micro_batches - self._step % micro_batches
+        if min(left - 1, len(self._upcoming)) < self._block_batches:
+            return None
+        prompt_ids, _, _ = self._tokenize_prompts([row["prompt"] for row in self._upcoming[self._block_batches - 1]])
+        return gather_object(prompt_ids)[:: self.num_generations]
+
+    def _generate_and_score_completions(self, inputs):
+        """Log what the importance weights leave of a block that older weights have made.
+
+        `overlap/effective_sample_size` is the share of its tokens that would weigh as much, all alike, and
+        `overlap/capped` the share whose weight was cut or masked. Both are from 0 to 1.
+        """
+        output = super()._generate_and_score_completions(inputs)
+        if self._next_block and self.mode == "train":
+            weights, mask = output["importance_sampling_ratio"], output["completion_mask"].bool()
+            weights = weights[mask] if weights.shape == mask.shape else weights.flatten()  # of tokens, or completions
+            caps = 0.0, self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+            capped = sum((weights == cap).sum() for cap in caps if cap is not None)
+            sums = torch.stack([torch.ones_like(weights).sum(), weights.sum(), weights.square().sum(), capped])
+            count, total, squares, capped = self.accelerator.reduce(sums).tolist()
+            self._metrics["train"]["overlap/effective_sample_size"].append(total**2 / (count * squares or 1))
+            self._metrics["train"]["overlap/capped"].append(capped / count)
+        return output
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -349,9 +468,7 @@ def _write_run_card(trainer, *args, **kwargs) -> None:
 
 
 def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) -> Trainer:
-    if args.use_vllm and args.vllm_mode == "server" and recipe.weight_sync == "disk":
-        from grpo_launcher.weight_sync import DiskSyncClient
-
+    if args.use_vllm and args.vllm_mode == "server" and recipe.weight_sync in ("disk", "adapter"):
         # VLLMGeneration makes its client by this name and connects at once. It has no argument for another client.
         vllm_generation.VLLMClient = DiskSyncClient
     # TRL would load a reward model with the policy's model_init_kwargs, such as its revision and its class.
@@ -365,7 +482,9 @@ def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) 
     if seq2seq.is_seq2seq(config):
         # Policy and reference are loaded with these. The class that config.json names may have no head.
         args.model_init_kwargs |= {"architecture": seq2seq.model_class(config), **seq2seq.no_dropout(config)}
-    trainer = Trainer(name, args=args, reward_funcs=rewards, sample_every=recipe.sample_every, **options)
+    options |= {"sample_every": recipe.sample_every, "overlap": recipe.overlap}
+    options["adapter_sync"] = recipe.weight_sync == "adapter"
+    trainer = Trainer(name, args=args, reward_funcs=rewards, **options)
     args.model_init_kwargs.pop("architecture", None)  # callbacks write the arguments as JSON
     return trainer
 

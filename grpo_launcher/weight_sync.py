@@ -1,11 +1,14 @@
-"""Weights from trainer to vLLM server as files in shared memory, for CPUs and where NCCL cannot connect the two."""
+"""Weights from trainer to vLLM server as files in shared memory: all of them, or those of a LoRA adapter alone.
+
+For CPUs, where NCCL cannot connect the two, and where a rank has no memory for the whole model (adapter).
+"""
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from trl.generation.vllm_client import VLLMClient
 
@@ -20,6 +23,8 @@ class DiskSyncClient(VLLMClient):
     launcher's own, which it removes even where the trainer was killed during a sync.
     """
 
+    adapter: tempfile.TemporaryDirectory | None = None  # of the adapter that the server generates with
+
     def init_communicator(self, device: torch.device | str | int = 0):
         """Connect nothing. Overrides VLLMClient.init_communicator, which refuses every device but CUDA."""
 
@@ -28,15 +33,58 @@ class DiskSyncClient(VLLMClient):
 
         Overrides VLLMClient.update_named_params, which broadcasts over NCCL.
         """
-        shared_memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
-        folder = Path(tempfile.mkdtemp(prefix="grpo-weights-", dir=shared_memory))
-        try:
+        with _new_folder() as folder:
             for number, bucket in enumerate(_buckets(named_params)):
-                save_file(bucket, folder / f"{number:05}.safetensors")
-            request = {"method": "load_weights_from", "kwargs": {"path": str(folder)}}
+                save_file(bucket, f"{folder}/{number:05}.safetensors")
+            request = {"method": "load_weights_from", "kwargs": {"path": folder}}
             self._post(f"{self.base_url}/collective_rpc", json=request)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+
+    def load_adapter(self, config, weights: dict[str, torch.Tensor]) -> None:
+        """Let the server generate with this adapter from now on.
+
+        Each version has a name of its own: vLLM keeps prefixes of prompts by the adapter's name (vllm#42125).
+
+        Args:
+            config: peft's.
+            weights: as peft saves them.
+        """
+        before, self.adapter = self.adapter, _new_folder()
+        config.save_pretrained(self.adapter.name)
+        save_file(weights, f"{self.adapter.name}/adapter_model.safetensors")
+        name = Path(self.adapter.name).name
+        self._adapter_request("load", lora_name=name, lora_path=self.adapter.name)
+        self.model = name
+        if before:
+            self._adapter_request("unload", lora_name=Path(before.name).name)
+            before.cleanup()
+
+    def _adapter_request(self, verb: str, **body: str) -> None:
+        response = self.session.post(f"{self.base_url}/v1/{verb}_lora_adapter", json=body)
+        if response.status_code != 200:
+            raise RuntimeError(f"the vLLM server did not {verb} the adapter: {response.text}")
+
+
+def send_adapter(model: PeftModel, dist, client: DiskSyncClient | None) -> None:
+    """Give the server a model's adapter. All ranks call it together, and gather nothing but the adapter.
+
+    VLLMGeneration.sync_weights gathers the whole model on every rank under ZeRO-3 (trl#5975).
+
+    Args:
+        model: it is not wrapped.
+        dist: TRL's DistributedBackend.
+        client: the main rank's, None on the others.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with dist.gather_params(list(parameters.values())):
+        if client:
+            weights = get_peft_model_state_dict(model, parameters, save_embedding_layers=False)
+            weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+            client.load_adapter(model.peft_config["default"], weights)
+
+
+def _new_folder() -> tempfile.TemporaryDirectory:
+    shared_memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=shared_memory, ignore_cleanup_errors=True)
 
 
 def _buckets(named_params):

@@ -47,7 +47,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--vllm_gpus", type=int, metavar="N", help="GPUs of the server, tensor parallel (default: 1)")
     parser.add_argument(
-        "--sync", choices=["nccl", "disk"], help="how the server gets new weights (default: nccl; without a GPU: disk)"
+        "--sync",
+        choices=["nccl", "disk", "adapter"],
+        help="how the server gets new weights (default: nccl; without a GPU: disk; adapter: of LoRA, alone)",
     )
     parser.add_argument(
         "--resume",

@@ -10,7 +10,7 @@ import yaml
 
 from grpo_launcher.errors import UserError
 from grpo_launcher.launch.hardware import free_ports, is_port_free
-from grpo_launcher.layout import Hardware, Layout
+from grpo_launcher.layout import ADAPTER_RANKS, Hardware, Layout
 from grpo_launcher.preflight_runner import PROJECT, Report
 from grpo_launcher.runs import ACCELERATE_FILE
 
@@ -102,6 +102,10 @@ def server_command(values: dict, given: list[str], layout: Layout, hardware: Har
         }
     if values["weight_sync"] == "disk":
         argv += ["--worker-extension-cls", "grpo_launcher.weight_sync_worker.DiskSyncWorker"]
+    elif values["weight_sync"] == "adapter":
+        rank = next(rank for rank in ADAPTER_RANKS if rank >= values["lora_r"])
+        argv += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]  # this version and the next
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     else:
         argv += ["--weight-transfer-config", '{"backend": "nccl"}']
     return Command([*argv, *(values["vllm_server_args"] or [])], env)

@@ -1,5 +1,6 @@
 """The main job as a user sees it: bash launch_train.sh, with a real server and real ZeRO-3 ranks on the CPU."""
 
+import json
 import re
 from statistics import mean
 
@@ -10,7 +11,9 @@ from helpers import Launch, is_in_sync, means, memory_held_and_planned, read_met
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_launcher import runs
+from grpo_launcher.callbacks import SYNC_DIFFERENCE
 from grpo_launcher.config import load_config
+from grpo_launcher.errors import EXIT_GUARD
 from grpo_launcher.quickstart.corpus import vocabulary, words
 
 
@@ -65,10 +68,13 @@ def test_server_and_trainer_hold_the_same_weights(run):
 
 
 def test_without_the_sync_they_do_not(run):
-    """The same run with the sync switched off: the test above can fail."""
+    """The same run with the sync switched off: the test above can fail, and the run ends in the step that needs it."""
     status, folder = run_again(run, "train_without_sync.py", 300, max_steps=3, per_device_train_batch_size=8)
-    assert status == 0
-    assert max(line["sampling/sampling_logp_difference/max"] for line in read_metrics(folder)) > 1e-2
+    assert status == EXIT_GUARD
+    stopped = json.loads((folder / runs.STOPPED).read_text())
+    assert stopped["step"] == 2 and SYNC_DIFFERENCE in stopped["why"]
+    first, second = read_metrics(folder)
+    assert first[SYNC_DIFFERENCE] < 1e-3 and second["sampling/sampling_logp_difference/max"] > 1e-2
 
 
 def test_the_run_folder_is_whole(run):

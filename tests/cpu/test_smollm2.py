@@ -1,16 +1,26 @@
-"""A real small model without a GPU and without the Hub: one step of configs/smollm2_length.yaml, with LoRA."""
+"""A real small model without a GPU and without the Hub: two steps of configs/smollm2_length.yaml, with LoRA."""
 
 import pytest
 from helpers import ROOT, Launch, is_in_sync, memory_held_and_planned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_launcher.callbacks import SYNC_DIFFERENCE
 from grpo_launcher.quickstart.corpus import words
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, launch) -> Launch:
     """The finished run. The launcher has fetched and converted the model."""
-    flags = ["--max_steps", "1", "--vllm_importance_sampling_correction", "true", "--use_peft", "true"]
+    flags = [
+        "--max_steps",
+        "2",
+        "--sync",
+        "adapter",
+        "--vllm_importance_sampling_correction",
+        "true",
+        "--use_peft",
+        "true",
+    ]
     flags += ["--per_device_train_batch_size", "2", "--num_generations", "4"]  # other tests run beside this one
     run = launch(tmp_path_factory.mktemp("work"), str(ROOT / "configs/smollm2_length.yaml"), *flags)
     run.process.wait(1200)
@@ -35,5 +45,9 @@ def test_the_plan_knew_the_memory(run):
     assert 2 < 0.9 * held <= planned <= 1.25 * held
 
 
-def test_server_and_trainer_hold_the_same_weights(run):
-    assert is_in_sync(run.metrics())
+def test_the_server_generates_with_the_adapter(run):
+    """It got nothing else after its start, and agrees with the trainer in every step."""
+    lines = run.metrics()
+    assert len(lines) == 2 and is_in_sync(lines) and max(line[SYNC_DIFFERENCE] for line in lines) < 1e-3
+    log = (run.run_folder() / "server.log").read_text()
+    assert log.count("Loaded new LoRA adapter") == 2 and "/collective_rpc" not in log

@@ -4,9 +4,11 @@ import signal
 
 from helpers import ROOT, is_in_sync
 
+from grpo_launcher.overlap import LAG
+
 FLAGS = [str(ROOT / "configs/quickstart.yaml"), "--max_completion_length", "64"]
 FLAGS += ["--per_device_train_batch_size", "8"]
-FLAGS += ["--sample_every", "0", "--max_steps", "50", "--save_steps", "3"]
+FLAGS += ["--sample_every", "0", "--max_steps", "50", "--save_steps", "3", "--overlap", "true"]
 
 
 def server_of(run):
@@ -16,6 +18,8 @@ def server_of(run):
 
 def test_a_killed_run_resumes_and_stops(workplace, launch):
     """After KILL nothing is left, not even a server that hears no TERM. --resume takes the last whole checkpoint.
+
+    Both runs generate one step ahead. What the kill interrupts is made again by the newest weights.
 
     TERM ends that run with exit status 128 + 15, and leaves neither a process nor a file in shared memory.
     """
@@ -38,4 +42,6 @@ def test_a_killed_run_resumes_and_stops(workplace, launch):
     assert [line["step"] for line in lines[:6]] == list(range(1, 7))
     assert lines[:3] == before[:3]
     assert before[0]["kl"] < 1e-6 and lines[3]["kl"] > 1e-3, "the weights of step 3 went on, not those of the base"
-    assert is_in_sync(lines)
+    assert [line[LAG] for line in lines[:6]] == [0, 1, 1, 0, 1, 1]
+    assert is_in_sync([lines[0], lines[3]])
+    assert all(0.5 < line["overlap/effective_sample_size"] <= 1 for line in lines)

@@ -1,0 +1,111 @@
+"""Generation beside training: while the ranks train on one block of completions, the vLLM server makes the next one.
+
+A block is what one generation makes. With `overlap: true` it is made by the weights of one block before, and trained
+right after that block. A thread of the main rank asks the server. All else keeps the order that it has in TRL.
+"""
+
+import time
+from concurrent.futures import Future
+from threading import Thread
+
+from grpo_launcher.errors import UserError
+from grpo_launcher.layout import Layout
+
+LAG = "overlap/lag_steps"  # optimizer steps by which the weights that made a block are older than those it trains
+WAITED = "overlap/trainer_waited_seconds"  # for the completions of a block
+IDLE = "overlap/server_idle_seconds"  # before it was asked for the next block
+
+
+class NextBlock:
+    """The block that is generated ahead. Only the main rank has a client: on the others nothing is ever ahead.
+
+    Args:
+        client: TRL's VLLMClient, whose generate() is replaced; or None.
+
+    Attributes:
+        step: the trainer's optimizer step while it asks for a training block, else None.
+    """
+
+    def __init__(self, client):
+        self.step: int | None = None
+        self._prompts, self._answer, self._made_by, self._options = None, None, 0, {}
+        self._figures = {LAG: 0.0, WAITED: 0.0, IDLE: 0.0}
+        self._idle_since = time.monotonic()
+        if client:
+            self._ask, client.generate = client.generate, self._generate
+
+    def wait(self) -> str | None:
+        """Wait until the server is idle, and return what went wrong with the block ahead, or None."""
+        start = time.monotonic()
+        error = self._answer and self._answer.exception()
+        self._figures[WAITED] += time.monotonic() - start
+        return f"the vLLM server gave no completions: {error}" if error else None
+
+    def request(self, prompts: list[list[int]]) -> None:
+        """Ask for the next block in the background.
+
+        Args:
+            prompts: token ids, each prompt once.
+        """
+        self._figures[IDLE] += time.monotonic() - self._idle_since
+        self._prompts, self._answer, self._made_by = prompts, Future(), self.step
+        Thread(target=self._send, args=(self._answer,), daemon=True).start()
+
+    def _send(self, answer: Future) -> None:
+        """Run in the thread. It touches no tensor, no random state and no metric."""
+        try:
+            completions = self._ask(prompts=self._prompts, **self._options)
+        except BaseException as error:  # wait() tells it
+            answer.set_exception(error)
+        else:
+            self._idle_since = time.monotonic()
+            answer.set_result(completions)
+
+    def _generate(self, prompts: list[list[int]], **options) -> dict:
+        """Return the block ahead, or ask the server where there is none. VLLMGeneration calls it as generate()."""
+        self.wait()
+        if self.step is None:
+            return self._ask(prompts=prompts, **options)
+        self._options = options
+        if self._answer is None:
+            self.request(prompts)
+            self.wait()
+        elif self._prompts != prompts:
+            raise RuntimeError("overlap: the prompts of this block are not those that were sent ahead")
+        self._figures[LAG] = self.step - self._made_by
+        answer, self._answer = self._answer, None
+        return answer.result()
+
+    def figures(self) -> dict[str, float]:
+        """Return lag and times of the block that was collected last."""
+        figures, self._figures = self._figures, {LAG: 0.0, WAITED: 0.0, IDLE: 0.0}
+        return figures
+
+
+def check_overlap(values: dict, layout: Layout) -> list[UserError]:
+    """Return why this recipe cannot generate ahead."""
+    name, problems = "overlap", []
+    if layout.is_seq2seq:
+        problems.append(UserError(name, "vLLM has no seq2seq models, so no server generates", "overlap: false"))
+    elif not layout.use_vllm or layout.vllm_mode != "server":
+        problem = "it needs a vLLM server: nothing generates beside the ranks in this layout"
+        problems.append(UserError(name, problem, "overlap: false, or a GPU more"))
+    for field_name in ("tools", "environment_factory"):
+        if values[field_name]:
+            problem = f"with {field_name} the later turns of a completion would come from newer weights"
+            problems.append(UserError(name, problem, "overlap: false"))
+    if not values["vllm_importance_sampling_correction"]:
+        problem = "false, and with overlap older weights generate: the loss must be corrected for it"
+        problems.append(UserError("vllm_importance_sampling_correction", problem, "leave it out, or overlap: false"))
+    return problems
+
+
+def summary(lines: list[dict]) -> str | None:
+    """Return which side of a run waited for the other, from the lines of metrics.jsonl; None without overlap."""
+    lines = [line for line in lines if line.get(LAG) is not None]
+    if not lines:
+        return None
+    waited, idle = (sum(line[name] for line in lines) / len(lines) for name in (WAITED, IDLE))
+    slower, side = ("Generation", "the server") if waited > idle else ("Training", "the ranks")
+    text = f"Overlap: for a block the trainer waited {waited:.1f} s, and the server {idle:.1f} s"
+    return f"{text}. {slower} takes longer: give {side} more of the GPUs."

@@ -1,0 +1,159 @@
+"""A vLLM server of the tests' own: it answers TRL's requests from a table, and knows which weights it was given."""
+
+import json
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from datasets import Dataset
+from trl import GRPOTrainer
+from trl.generation import vllm_generation
+
+from grpo_launcher.callbacks import RunLog
+from grpo_launcher.config import build_dataclasses, load_config
+from grpo_launcher.trainer import build_trainer
+from grpo_launcher.weight_sync import DiskSyncClient
+
+ROWS = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"What of number {n}?"}] for n in range(8)]})
+
+
+def completion(prompt: list[int], index: int, length: int) -> list[int]:
+    """Return the table's tokens for a completion of a prompt, which no weights change."""
+    seed = zlib.crc32(str((prompt, index)).encode())
+    return [10 + (seed >> place) % 80 for place in range(length)]
+
+
+class TableServer:
+    """`with TableServer() as server:` listens at server.url until the block ends.
+
+    Args:
+        delay: seconds that a generation takes.
+        before: called with the number of a generation, from 0, before it is answered. A text that it returns is sent
+            as the error of status 400.
+
+    Attributes:
+        version: how many times weights were pushed.
+        generations: for each request its prompts, the version of the weights, and when it came and was answered.
+    """
+
+    def __init__(self, delay: float = 0.0, before: Callable[[int], str | None] = lambda number: None):
+        self.delay, self.before = delay, before
+        self.version, self.generations = 0, []
+
+    def __enter__(self):
+        table = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
+
+            def do_GET(self):
+                self.send(
+                    200,
+                    {
+                        "data": [{"id": "table"}],
+                        "vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}},
+                    },
+                )
+
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+                self.send(*table.respond(self.path, request))
+
+            def send(self, status, body):
+                body = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def respond(self, path: str, request: dict) -> tuple[int, dict]:
+        """Return status and body of a POST."""
+        if path == "/collective_rpc":
+            self.version += 1
+        if path != "/v1/completions":
+            return 200, {"success": True}
+        if "seed" in request:  # the comparison after a push
+            return 200, {"choices": self._choices(request)}
+        number = len(self.generations)
+        kept = {"prompts": request["prompt"], "version": self.version, "start": time.monotonic()}
+        self.generations.append(kept)
+        error = self.before(number)
+        time.sleep(self.delay)
+        kept["end"] = time.monotonic()
+        if error:
+            return 400, {"error": error}
+        return 200, {"choices": self._choices(request)}
+
+    @staticmethod
+    def _choices(request: dict) -> list[dict]:
+        choices = []
+        for prompt in request["prompt"]:
+            for index in range(request["n"]):
+                ids = completion(prompt, index, request["max_tokens"])
+                names = [f"token_id:{token}" for token in ids]
+                logprobs = {"tokens": names, "token_logprobs": [-4.0] * len(ids), "top_logprobs": [None] * len(ids)}
+                choices.append({"prompt_token_ids": prompt, "token_ids": ids, "logprobs": logprobs})
+        return choices
+
+
+def rate(completion_ids, **columns) -> list[float]:
+    """Return a reward that differs within a group."""
+    return [float(sum(ids)) for ids in completion_ids]
+
+
+def train_beside(server: TableServer, model: Path, folder: Path, *flags: str, stock=False, callbacks=(), resume=None):
+    """Train 6 steps of 2 prompts × 4 completions beside the server, into a folder.
+
+    Args:
+        server: it is open.
+        model: a causal model.
+        folder: for the run.
+        flags: further fields of the recipe.
+        stock: TRL's own class.
+        callbacks: beside the one that writes metrics.jsonl.
+        resume: a checkpoint.
+    """
+    argv = ["--model_name_or_path", str(model), "--dataset_name", "rows", "--use_cpu", "true", "--bf16", "false"]
+    argv += ["--report_to", "none", "--num_generations", "4", "--per_device_train_batch_size", "8"]
+    argv += ["--per_device_eval_batch_size", "8", "--max_completion_length", "6", "--learning_rate", "1e-3"]
+    argv += [
+        "--use_vllm",
+        "true",
+        "--vllm_mode",
+        "server",
+        "--vllm_server_base_url",
+        server.url,
+        "--weight_sync",
+        "disk",
+    ]
+    argv += ["--sample_every", "0", "--max_steps", "6", "--vllm_importance_sampling_mode", "token_truncate"]
+    recipe, args, model_args = build_dataclasses(load_config([*argv, *flags]).values)
+    folder.mkdir(exist_ok=True)
+    rows = {"train_dataset": ROWS, "eval_dataset": ROWS.select(range(2))}
+    client = vllm_generation.VLLMClient
+    try:
+        if stock:
+            args.output_dir, vllm_generation.VLLMClient = str(folder), DiskSyncClient
+            trainer = GRPOTrainer(str(model), [rate], args=args, **rows)
+        else:
+            options = {"reward_funcs": [rate], "callbacks": [RunLog(folder), *callbacks]}
+            trainer = build_trainer(recipe, args, model_args, run=folder, **options, **rows)
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        vllm_generation.VLLMClient = client  # build_trainer replaces it
