@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 def main(argv: list[str]) -> int:
     """Train and save. Returns EXIT_GUARD where a guard stopped the run, else 0."""
-    from grpo_launcher.trainer import build_trainer, skip_deepspeed_ops
+    from grpo_launcher.slow_imports import skip_deepspeed_ops, skip_vllm
 
     skip_deepspeed_ops()
     from grpo_launcher import plugins
@@ -31,6 +31,10 @@ def main(argv: list[str]) -> int:
 
     run = load_run(Path(argv[1])) if argv[:1] == ["--run"] else check_recipe(argv)
     recipe, args, model_args = build_dataclasses(run.values)
+    if recipe.weight_sync in ("disk", "adapter") or not run.values["use_vllm"]:
+        skip_vllm()
+    from grpo_launcher.trainer import build_trainer
+
     is_sft = recipe.method == "sft"
     if args.process_index == 0:
         report_progress(run.folder, "loading model and data")

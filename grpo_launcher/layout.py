@@ -152,6 +152,8 @@ def choose_layout(
     if layout.use_vllm and layout.vllm_mode == "server":
         _choose_weight_sync(choice, layout, options, parameters)
         choice.default("vllm_server_timeout", SERVER_TIMEOUT)
+    if values["overlap"]:
+        _check_overlap(choice, layout)
     if not options.ranks:
         layout.ranks = len(layout.train_gpus) or CPU_RANKS
     return layout, choice.filled, choice.problems
@@ -212,8 +214,6 @@ def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: O
         _refuse_unused(choice, layout, options, "the launcher starts no server in this layout")
     elif values["vllm_enable_sleep_mode"]:
         choice.refuse("vllm_enable_sleep_mode", "a server of its own never sleeps", "leave it out, or --colocate")
-    if values["overlap"]:  # a whole completion of older weights would soon weigh nothing (trl#4772)
-        choice.default("vllm_importance_sampling_mode", "token_truncate")
 
 
 def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: str) -> None:
@@ -279,3 +279,21 @@ def _why_no_adapter(values: dict) -> str:
     if values["lora_r"] > ADAPTER_RANKS[-1]:
         return f"vLLM serves adapters up to rank {ADAPTER_RANKS[-1]}"
     return ""
+
+
+def _check_overlap(choice: _Choice, layout: Layout) -> None:
+    """Refuse overlap where nothing can overlap, or where its completions could not be corrected."""
+    off = "overlap: false"
+    if layout.is_seq2seq:
+        choice.refuse("overlap", "vLLM has no seq2seq models, so no server generates", off)
+    elif not layout.use_vllm or layout.vllm_mode != "server":
+        problem = "it needs a vLLM server: nothing generates beside the ranks in this layout"
+        choice.refuse("overlap", problem, f"{off}, or a GPU more")
+    for name in ("tools", "environment_factory"):
+        if choice.values[name]:
+            choice.refuse("overlap", f"with {name} the later turns of a completion would have newer weights", off)
+    if not choice.values["vllm_importance_sampling_correction"]:
+        problem = "false, and with overlap older weights generate: the loss must be corrected for it"
+        choice.refuse("vllm_importance_sampling_correction", problem, f"leave it out, or {off}")
+    # A whole completion of older weights would soon weigh nothing (trl#4772).
+    choice.default("vllm_importance_sampling_mode", "token_truncate")

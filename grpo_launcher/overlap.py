@@ -8,9 +8,6 @@ import time
 from concurrent.futures import Future
 from threading import Thread
 
-from grpo_launcher.errors import UserError
-from grpo_launcher.layout import Layout
-
 LAG = "overlap/lag_steps"  # optimizer steps by which the weights that made a block are older than those it trains
 WAITED = "overlap/trainer_waited_seconds"  # for the completions of a block
 IDLE = "overlap/server_idle_seconds"  # before it was asked for the next block
@@ -80,24 +77,6 @@ class NextBlock:
         """Return lag and times of the block that was collected last."""
         figures, self._figures = self._figures, {LAG: 0.0, WAITED: 0.0, IDLE: 0.0}
         return figures
-
-
-def check_overlap(values: dict, layout: Layout) -> list[UserError]:
-    """Return why this recipe cannot generate ahead."""
-    name, problems = "overlap", []
-    if layout.is_seq2seq:
-        problems.append(UserError(name, "vLLM has no seq2seq models, so no server generates", "overlap: false"))
-    elif not layout.use_vllm or layout.vllm_mode != "server":
-        problem = "it needs a vLLM server: nothing generates beside the ranks in this layout"
-        problems.append(UserError(name, problem, "overlap: false, or a GPU more"))
-    for field_name in ("tools", "environment_factory"):
-        if values[field_name]:
-            problem = f"with {field_name} the later turns of a completion would come from newer weights"
-            problems.append(UserError(name, problem, "overlap: false"))
-    if not values["vllm_importance_sampling_correction"]:
-        problem = "false, and with overlap older weights generate: the loss must be corrected for it"
-        problems.append(UserError("vllm_importance_sampling_correction", problem, "leave it out, or overlap: false"))
-    return problems
 
 
 def summary(lines: list[dict]) -> str | None:

@@ -33,7 +33,6 @@ from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
 from grpo_launcher.memory import check_memory
 from grpo_launcher.merge import needs_merge
 from grpo_launcher.messages import is_null
-from grpo_launcher.overlap import check_overlap
 from grpo_launcher.preflight_runner import PROJECT, DataInfo, ModelInfo, Report
 from grpo_launcher.trl_version import check_trl_version
 
@@ -172,7 +171,7 @@ class _Check:
             guard_limits(values["guards"], values["beta"])
         except UserError as error:
             self.report.problems.append(str(error))
-        self._generation()
+        self._full_sampling()
         is_quantized = values["load_in_4bit"] or values["load_in_8bit"]
         if is_quantized and values["parallel"] == "zero3":
             self.refuse("parallel", "ZeRO-3 cannot shard quantised weights", "leave it out, or ddp")
@@ -192,12 +191,10 @@ class _Check:
         if values["use_peft"] and self.meta_model is not None:
             self._check_lora_targets()
 
-    def _generation(self) -> None:
-        """Refuse what the importance sampling correction would misread, and overlap where nothing can overlap."""
-        values, layout = self.report.values, self.report.layout
-        if values["overlap"]:
-            self.collect(check_overlap(values, layout))
-        if not layout.use_vllm or not values["vllm_importance_sampling_correction"]:
+    def _full_sampling(self) -> None:
+        """Refuse sampling from a part of the vocabulary, whose log-probabilities the correction would misread."""
+        values = self.report.values
+        if not self.report.layout.use_vllm or not values["vllm_importance_sampling_correction"]:
             return
         whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
         given = {name: values[name] for name in whole} | (values["generation_kwargs"] or {})

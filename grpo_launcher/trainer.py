@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import os
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -269,7 +268,7 @@ class Trainer(GRPOTrainer):
         """
         output = super()._generate_and_score_completions(inputs)
         if self._next_block and self.mode == "train":
-            weights, mask = output["importance_sampling_ratio"], output["completion_mask"].bool()
+            weights, mask = output["importance_sampling_ratio"].double(), output["completion_mask"].bool()
             weights = weights[mask] if weights.shape == mask.shape else weights.flatten()  # of tokens, or completions
             caps = 0.0, self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
             capped = sum((weights == cap).sum() for cap in caps if cap is not None)
@@ -523,14 +522,3 @@ def _build_seq2seq_sft(name: str, config, args, datasets: dict, *, quantization_
         callbacks=callbacks,
         **{split: rows and seq2seq.tokenize_references(rows, tokenizer, limit) for split, rows in datasets.items()},
     )
-
-
-def skip_deepspeed_ops() -> None:
-    """Keep DeepSpeed on a CPU from compiling an operator: only inference uses it, it takes a minute and a compiler.
-
-    Call it before the arguments are built: they start DeepSpeed.
-    """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" and "LOCAL_RANK" in os.environ:
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__ = {}  # looked up by this name at the first use, and kept

@@ -82,10 +82,19 @@ class TableServer:
         self._server.shutdown()
         self._server.server_close()
 
+    @classmethod
+    def at(cls, url: str) -> "TableServer":
+        """Return the name of a server that another process has opened."""
+        server = cls()
+        server.url = url
+        return server
+
     def respond(self, path: str, request: dict) -> tuple[int, dict]:
         """Return status and body of a POST."""
         if path == "/collective_rpc":
             self.version += 1
+        if path.endswith("_lora_adapter"):
+            self.version += path.endswith("/load_lora_adapter")
         if path != "/v1/completions":
             return 200, {"success": True}
         if "seed" in request:  # the comparison after a push

@@ -39,16 +39,6 @@ def completions_of(run_folder: Path) -> pandas.DataFrame:
     return pandas.concat(map(pandas.read_parquet, (run_folder / "completions").glob("*.parquet")))
 
 
-def test_ddp_ranks_train_beside_a_server(train):
-    """LoRA under DDP: the weights reach the server as they do under ZeRO-3."""
-    flags = ["--dataset_name", "tldr", "--dtype", "float32", "--max_steps", "2", "--max_completion_length", "32"]
-    flags += ["--per_device_train_batch_size", "4"]
-    run = train("tldr_ddp", *flags)
-    assert "2 DDP ranks on the CPU; vLLM server" in run.text()
-    assert not any("vllm.entrypoints" in line for _, line in run.command_lines)
-    assert is_in_sync(run.metrics()) and not list(run.run_folder().glob("checkpoint-*/global_step*"))
-
-
 FOUR_BIT_REWARD = """
 import gc
 
@@ -116,12 +106,18 @@ def test_multiple_choice_is_trained_and_evaluated(data):
     assert (data / "choices/best-checkpoint").resolve().name == "checkpoint-2"
 
 
-def test_dr_grpo_on_a_stream(train):
-    """Plain posts as they come, without those that do not fit."""
+def test_ddp_ranks_train_an_adapter_on_a_stream(train):
+    """Plain posts as they come, without those that do not fit, and Dr. GRPO's loss. Under DDP the weights reach the
+    server as they do under ZeRO-3.
+    """
     source = test_data("tldr/tldr.jsonl")
     flags = ["--dataset_name", str(source), "--max_steps", "2", "--max_completion_length", "60"]
     flags += ["--vllm_max_model_length", "600", "--loss_type", "dr_grpo", "--scale_rewards", "none"]
+    flags += ["--parallel", "ddp", "--use_peft", "true", "--lora_target_modules", "all-linear"]
     run = train("tldr_stream", *flags)
+    assert "2 DDP ranks on the CPU; vLLM server" in run.text()
+    assert not any("vllm.entrypoints" in line for _, line in run.command_lines)
+    assert not list(run.run_folder().glob("checkpoint-*/global_step*"))
     assert "Left out a prompt of" in run.text()
     table = completions_of(run.run_folder())
     posts = {json.loads(line)["prompt"] for line in source.read_text().splitlines()}

@@ -50,4 +50,4 @@ def test_the_server_generates_with_the_adapter(run):
     lines = run.metrics()
     assert len(lines) == 2 and is_in_sync(lines) and max(line[SYNC_DIFFERENCE] for line in lines) < 1e-3
     log = (run.run_folder() / "server.log").read_text()
-    assert log.count("Loaded new LoRA adapter") == 2 and "/collective_rpc" not in log
+    assert log.count('"POST /v1/load_lora_adapter HTTP/1.1" 200') == 2 and "/collective_rpc" not in log

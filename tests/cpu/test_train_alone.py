@@ -4,7 +4,6 @@ import json
 
 import yaml
 from helpers import ROOT, means, read_metrics, run_python, test_data
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 TRAIN, QUICKSTART = ROOT / "train.py", ROOT / "configs/quickstart.yaml"
 ONE_THREAD = {"OMP_NUM_THREADS": 1}
@@ -33,35 +32,6 @@ def test_a_real_pretrained_model_learns(tmp_path):
     first, last = means(lines, "entropy")
     assert last > 0.5 * first and means(lines, "kl")[1] > 0
     assert (tmp_path / "run/final-checkpoint/model.safetensors").exists()
-
-
-def test_a_reward_model_among_the_rewards(workplace):
-    """A folder with a sequence classifier beside a function. A second run does not overwrite the first."""
-    tokenizer = AutoTokenizer.from_pretrained(workplace / "data/quickstart-model")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": None}
-    config = Qwen2Config(vocab_size=len(tokenizer), num_labels=1, num_key_value_heads=2, **tokens, **sizes)
-    Qwen2ForSequenceClassification(config).save_pretrained(workplace / "judge/model")
-    tokenizer.save_pretrained(workplace / "judge/model")
-    command = [
-        TRAIN,
-        "--config",
-        QUICKSTART,
-        "--max_steps",
-        "1",
-        "--output_dir",
-        "run",
-        "--max_completion_length",
-        "24",
-        "--per_device_train_batch_size",
-        "8",
-    ]
-    command += ["--reward_funcs", "rewards.length.length_reward", "judge/model", "--reward_weights", "1", "0.5"]
-    run_python(*command, cwd=workplace, **ONE_THREAD)
-    (line,) = read_metrics(workplace / "run")
-    assert {"rewards/length_reward/mean", "rewards/model/mean"} <= set(line)
-    again = run_python(*command, cwd=workplace, status=2)
-    assert "output_dir: run holds another run" in again.stderr
 
 
 def test_a_guard_stops_ranks_under_accelerate_launch(workplace):

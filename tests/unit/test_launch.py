@@ -257,6 +257,14 @@ def test_the_server_computes_in_the_type_of_the_trainer(gpus, flags, dtype, serv
     assert argv[argv.index("--dtype") + 1] == dtype
 
 
+def test_a_server_that_gets_adapters_has_room_for_two(server):
+    """Of the next rank that vLLM has."""
+    command = server(0, "--use_peft true --lora_r 12 --weight_sync adapter")[0]
+    words = " ".join(command.argv)
+    assert "--enable-lora --max-lora-rank 16 --max-loras 2" in words and "--worker-extension-cls" not in words
+    assert command.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
 def test_server_and_ranks_share_no_device_and_see_no_folder_of_the_user(server, tmp_path):
     for gpus in (0, 4):
         command, layout, machine = server(gpus)

@@ -82,6 +82,22 @@ def test_a_server_on_two_gpus(gpus, options, given):
         "colocate at a URL": (4, None, {"vllm_mode": "colocate", "vllm_server_base_url": "http://a:1"}, "vllm_mode"),
         "NCCL without a GPU": (0, None, {"weight_sync": "nccl"}, "weight_sync"),
         "--sync nccl without a GPU": (0, Options(sync="nccl"), {}, "--sync"),
+        "an adapter without LoRA": (0, None, {"weight_sync": "adapter"}, "weight_sync"),
+        "an adapter with DoRA": (
+            0,
+            Options(sync="adapter"),
+            {"use_peft": True, "use_dora": True},
+            "--sync",
+        ),
+        "overlap on one GPU": (1, None, {"overlap": True}, "overlap"),
+        "overlap without vLLM": (0, None, {"overlap": True, "use_vllm": False}, "overlap"),
+        "overlap with tools": (0, None, {"overlap": True, "tools": ["t"]}, "overlap"),
+        "overlap without correction": (
+            0,
+            None,
+            {"overlap": True, "vllm_importance_sampling_correction": False},
+            "vllm_importance_sampling_correction",
+        ),
         "two ways to sync": (4, Options(sync="disk"), {"weight_sync": "nccl"}, "--sync"),
         "the CPU beside GPUs": (2, None, {"use_cpu": True}, "use_cpu"),
         "a GPU that is not there": (0, None, {"use_cpu": False}, "use_cpu"),
@@ -118,6 +134,8 @@ def test_what_cannot_be_obeyed_is_refused(gpus, options, given, field):
         "no vLLM": (4, None, {"use_vllm": False}),
         "DDP": (4, None, {"parallel": "ddp"}),
         "sync over a disk": (4, None, {"weight_sync": "disk"}),
+        "the adapter alone": (0, None, {"weight_sync": "adapter", "use_peft": True}),
+        "overlap": (4, None, {"overlap": True, "vllm_importance_sampling_mode": "token_mask"}),
         "time limit": (4, None, {"vllm_server_timeout": 30.0}),
         "sleep of colocate": (1, None, {"vllm_enable_sleep_mode": True}),
         "memory of colocate": (1, None, {"vllm_gpu_memory_utilization": 0.5, "vllm_model_impl": "transformers"}),
@@ -127,6 +145,26 @@ def test_what_cannot_be_obeyed_is_refused(gpus, options, given, field):
 def test_what_is_given_is_obeyed(gpus, options, given):
     """choose() compares every given field with its value in the end."""
     assert choose(gpus, options=options, **given)[2] == []
+
+
+def test_overlap_weighs_tokens():
+    """TRL's default throws most longer completions of older weights away (trl#4772)."""
+    assert choose(2, overlap=True)[1]["vllm_importance_sampling_mode"] == "token_truncate"
+    assert choose(2)[1]["vllm_importance_sampling_mode"] == VALUES["vllm_importance_sampling_mode"]
+
+
+@pytest.mark.parametrize(
+    ("billions", "given", "sync"), [(1.5, {}, "nccl"), (7, {}, "adapter"), (7, {"parallel": "ddp"}, "nccl")]
+)
+def test_a_large_model_with_lora_is_not_gathered(billions, given, sync):
+    """On GPUs of 24 GiB: under ZeRO-3 the adapter travels alone where the model would take a quarter of one."""
+    hardware = Hardware([Gpu(str(index), 24) for index in range(4)], [0, 1], 32)
+    values = VALUES | given | {"use_peft": True}
+    parameters = int(billions * 1e9)
+    for use_peft in (True, False):
+        values["use_peft"] = use_peft
+        _, filled, problems = choose_layout(values, list(given), hardware, Options(), False, parameters)
+        assert not problems and filled["weight_sync"] == (sync if use_peft else "nccl")
 
 
 def test_fp16_takes_the_place_of_bf16():

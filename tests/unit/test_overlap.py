@@ -11,8 +11,6 @@ from transformers import TrainerCallback
 
 from grpo_launcher import overlap
 from grpo_launcher.callbacks import RunLog, print_summary
-from grpo_launcher.config import load_config
-from grpo_launcher.layout import Layout
 from grpo_launcher.runs import read_metrics
 
 STEPS_AN_EPOCH = 4  # of 2 prompts
@@ -160,21 +158,6 @@ def test_prompts_that_were_not_sent_are_not_trained():
     ahead.request([[2]])
     with pytest.raises(RuntimeError, match="prompts"):
         client.generate(prompts=[[3]])
-
-
-def test_what_cannot_overlap_is_refused(model):
-    """Each with its reason."""
-    values = load_config(["--model_name_or_path", str(model), "--dataset_name", "rows", "--use_vllm", "true"]).values
-    server = Layout("grpo", False, "zero3", 2, use_vllm=True)
-
-    def fields(layout: Layout, **changes) -> list[str]:
-        return [error.field for error in overlap.check_overlap(values | changes, layout)]
-
-    assert fields(server) == []
-    assert fields(server, tools=["t"], environment_factory="e") == ["overlap", "overlap"]
-    assert fields(server, vllm_importance_sampling_correction=False) == ["vllm_importance_sampling_correction"]
-    for layout in ({"is_seq2seq": True}, {"use_vllm": False}, {"use_vllm": True, "vllm_mode": "colocate"}):
-        assert fields(Layout("grpo", **{"is_seq2seq": False} | layout, parallel="zero3", ranks=2)) == ["overlap"]
 
 
 @pytest.mark.parametrize(("waited", "idle", "side"), [(3.0, 1.0, "the server more"), (1.0, 3.0, "the ranks more")])

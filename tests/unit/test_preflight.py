@@ -386,6 +386,8 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
     "vLLM with 4 bits": ("tldr_qlora", 1, "--use_vllm true", "use_vllm", "configs/tldr_qlora.yaml works"),
     "ZeRO-3 with 4 bits": ("tldr_qlora", 1, "--parallel zero3", "parallel", "ddp"),
     "4 bits without LoRA": ("tldr_qlora", 1, "--use_peft false", "use_peft", "use_peft: true"),
+    "half of the vocabulary": ("quickstart", 0, "--top_p 0.9", "top_p", "correction: false"),
+    "a part by another way": (None, 0, f"{LENGTH} --generation_kwargs '{{\"top_k\": 5}}'", "top_k", "trl#6789"),
     "reference without KL": ("tldr_ref_sync", 4, "--beta 0", "sync_ref_model", "set beta"),
     "reference with LoRA": ("tldr_ref_sync", 4, "--use_peft true", "sync_ref_model", "leave it out"),
     "metric": ("tldr_rouge", 4, "--metric_for_best_model rouge", "metric_for_best_model", "eval_rewards/rouge_reward"),

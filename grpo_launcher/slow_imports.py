@@ -1,0 +1,28 @@
+"""What a training rank need not load."""
+
+import os
+
+
+def skip_deepspeed_ops() -> None:
+    """Keep DeepSpeed on a CPU from compiling an operator: only inference uses it, it takes a minute and a compiler.
+
+    Call it before the arguments are built: they start DeepSpeed.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" and "LOCAL_RANK" in os.environ:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}  # looked up by this name at the first use, and kept
+
+
+def skip_vllm() -> None:
+    """Import TRL's trainer without vLLM, which takes 7 s and 0.15 GiB of every rank.
+
+    TRL imports it for an engine inside the rank and for NCCL. A client that speaks HTTP alone needs none of it.
+    """
+    from trl import import_utils
+
+    is_available, import_utils.is_vllm_available = import_utils.is_vllm_available, lambda min_version=None: False
+    from trl.generation import vllm_client, vllm_generation
+
+    for module in (import_utils, vllm_client, vllm_generation):
+        module.is_vllm_available = is_available
