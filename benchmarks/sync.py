@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,7 +56,7 @@ def make_model(folder: Path, shape: tuple) -> None:
 
 
 def rank(model: str, folder: str, url: str, *flags: str) -> None:
-    """Train two steps as one of the ranks, and let the main one write what each sync took."""
+    """Sync three times as one of the ranks, before anything is trained. The main one writes what each took."""
     from grpo_launcher.slow_imports import skip_deepspeed_ops, skip_vllm
 
     skip_deepspeed_ops()
@@ -67,23 +66,26 @@ def rank(model: str, folder: str, url: str, *flags: str) -> None:
     from grpo_launcher import weight_sync
     from grpo_launcher.trainer import Trainer
 
-    figures, sync, save_file = [], Trainer._sync, weight_sync.save_file
+    figures, save_file = [], weight_sync.save_file
 
     def save(tensors, *args):
         figures[-1]["bytes"] += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, *args)
 
-    def measured(self, send_weights):
-        figures.append({"bytes": 0, "between": _memory("VmRSS")})
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        start = time.monotonic()
-        sync(self, send_weights)
-        figures[-1] |= {"seconds": time.monotonic() - start, "peak": _memory("VmHWM")}
+    def measure(self, send_weights):
+        for _ in range(3):
+            figures.append({"bytes": 0, "between": _memory("VmRSS")})
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            start = time.monotonic()
+            send_weights()
+            figures[-1] |= {"seconds": time.monotonic() - start, "peak": _memory("VmHWM")}
+        if self.is_world_process_zero():
+            Path(folder, "sync.json").write_text(json.dumps(figures), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        os._exit(0)
 
-    weight_sync.save_file, Trainer._sync = save, measured
-    train_beside(TableServer.at(url), Path(model), Path(folder), "--max_steps", "3", *flags)
-    if os.environ["RANK"] == "0":
-        Path(folder, "sync.json").write_text(json.dumps(figures), encoding="utf-8")
+    weight_sync.save_file, Trainer._sync = save, measure
+    train_beside(TableServer.at(url), Path(model), Path(folder), *flags)
 
 
 def _memory(name: str) -> float:
@@ -92,7 +94,7 @@ def _memory(name: str) -> float:
 
 
 def measure(model: Path, folder: Path, flags: list[str]) -> dict:
-    """Return the figures of the syncs behind the first, in which memory is still growing."""
+    """Return the figures of the last sync: in the first memory still grows."""
     machine = yaml.safe_load((ROOT / "zero3.yaml").read_text())
     machine |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2, "main_process_port": 0}
     (folder / "machine.yaml").write_text(yaml.safe_dump(machine))
@@ -103,11 +105,13 @@ def measure(model: Path, folder: Path, flags: list[str]) -> dict:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    syncs = json.loads((folder / "sync.json").read_text())[1:]
-    sent, seconds, between, peak = (
-        statistics.median(sync[name] for sync in syncs) for name in ("bytes", "seconds", "between", "peak")
-    )
-    return {"sent, MiB": sent / 2**20, "seconds": seconds, "between, GiB": between, "peak, GiB": peak}
+    sync = json.loads((folder / "sync.json").read_text())[-1]
+    return {
+        "sent, MiB": sync["bytes"] / 2**20,
+        "seconds": sync["seconds"],
+        "between, GiB": sync["between"],
+        "peak, GiB": sync["peak"],
+    }
 
 
 def main() -> None:

@@ -262,7 +262,8 @@ def _choose_weight_sync(choice: _Choice, layout: Layout, options: Options, param
         choice.refuse(field_name, "NCCL connects GPUs, and there is no GPU", "use disk")
     if sync == "adapter" and no_adapter:
         choice.refuse(field_name, f"adapter does not fit: {no_adapter}", "leave it out")
-    if not options.sync and not given and not no_adapter and gpus and layout.parallel == "zero3":
+    is_free = layout.starts_server and not options.sync and not given and not no_adapter
+    if is_free and gpus and layout.parallel == "zero3":
         share = 2 * parameters / 2**30 / min(gpu.memory for gpu in gpus)
         sync = "adapter" if share > WHOLE_MODEL_SHARE else sync
     choice.filled["weight_sync"] = sync
@@ -272,10 +273,9 @@ def _why_no_adapter(values: dict) -> str:
     """Return why the vLLM server cannot generate with the adapter."""
     if not values["use_peft"]:
         return "without use_peft there is no adapter"
-    if name := next(
-        (name for name in ("use_dora", "lora_modules_to_save", "lora_target_parameters") if values[name]), ""
-    ):
-        return f"vLLM serves no adapter with {name}"
+    for name in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
+        if values[name]:
+            return f"vLLM serves no adapter with {name}"
     if values["lora_r"] > ADAPTER_RANKS[-1]:
         return f"vLLM serves adapters up to rank {ADAPTER_RANKS[-1]}"
     return ""

@@ -96,7 +96,8 @@ class Trainer(GRPOTrainer):
         answer = [None]
         if self.is_world_process_zero():
             client, prompt = self.vllm_generation.vllm_client, self._compared_prompt
-            options = {"temperature": self.temperature, "max_tokens": COMPARED_TOKENS, "logprobs": 0}
+            length = min(COMPARED_TOKENS, self.max_completion_length)
+            options = {"temperature": self.temperature, "max_tokens": length, "logprobs": 0}
             # The class's method: an instance that overlaps would take this for a block.
             answer = [type(client).generate(client, [prompt], generation_kwargs={"seed": 0}, **options)]
         broadcast_object_list(answer)
