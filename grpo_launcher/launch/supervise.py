@@ -125,9 +125,10 @@ class Witness:
         report = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", log)
         if report:
             return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log")
-        message = f"The trainer failed (exit status {status})."
-        if OUT_OF_MEMORY.search(first_traceback(log)):
-            message += f" The memory had run out.{self.remedy}"
+        memory = self.out_of_memory()
+        if not memory and OUT_OF_MEMORY.search(first_traceback(log)):
+            memory = f" The memory had run out.{self.remedy}"
+        message = f"The trainer failed (exit status {status}).{memory}"
         self.is_over.set()
         self.watcher.join()
         self._read_logs()
@@ -142,11 +143,14 @@ class Witness:
         message = f"{who} was ended by signal {number} ({signal.Signals(number).name}).{held}"
         if number != signal.SIGKILL:
             return self.with_traceback(message, log)
-        if memory_kills() == self.kills:
-            message += " The memory had not run out: another program, or a person, sent it."
-        else:
-            message += f" The memory had run out, and the kernel chose this process.{self.remedy}"
+        message += self.out_of_memory() or " The memory had not run out: another program, or a person, sent it."
         return f"{message} All of it: {self.folder / log}"
+
+    def out_of_memory(self) -> str:
+        """Return what to say where the kernel has ended a process: a rank, the server, or one that these started."""
+        if memory_kills() == self.kills:
+            return ""
+        return f" The memory had run out, and the kernel ended a process.{self.remedy}"
 
     def with_traceback(self, message: str, log: str) -> str:
         """Return a message with a log's name and first traceback."""
@@ -254,7 +258,7 @@ def _report_lost_server(witness: Witness, screen: Screen, what: str, ended: subp
     if ended and ended.returncode < 0:
         message = witness.killed("The vLLM server", -ended.returncode, ended.pid, "server.log")
     else:
-        message = witness.with_traceback(f"The vLLM server {what}.", "server.log")
+        message = witness.with_traceback(f"The vLLM server {what}.{witness.out_of_memory()}", "server.log")
     screen.fail(message)
 
 

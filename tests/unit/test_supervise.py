@@ -156,9 +156,14 @@ def test_a_trainer_that_fails_ends_the_server_with_the_first_traceback(run, tmp_
     assert "exit status 1" in errors
 
 
-def test_a_server_that_ends_ends_the_trainer(run, tmp_path, capfd):
+@pytest.mark.parametrize("is_memory", [False, True], ids=["by itself", "by the kernel"])
+def test_a_server_that_ends_ends_the_trainer(is_memory, run, tmp_path, capfd, monkeypatch):
+    """The kernel may end the server's engine alone, a process of its own, after which the server ends by itself."""
+    counts = iter([3, 4 if is_memory else 3])
+    monkeypatch.setattr(supervise_module, "memory_kills", lambda: next(counts))
     assert run(STAY, FAIL) == supervise_module.EXIT_SERVER_LOST
     errors = capfd.readouterr().err
+    assert ("The memory had run out" in errors) == ("per_device_train_batch_size" in errors) == is_memory
     assert "server ended with exit status 1" in errors and str(tmp_path / "server.log") in errors
     assert "RuntimeError: the judge is asleep" in errors
 
@@ -187,7 +192,7 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     (tmp_path / "server.log").touch()
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
     server = SimpleNamespace(poll=lambda: None)
-    witness = SimpleNamespace(folder=tmp_path, with_traceback=lambda message, log: message)
+    witness = SimpleNamespace(folder=tmp_path, with_traceback=lambda message, log: message, out_of_memory=lambda: "")
     screen = SimpleNamespace(tell=lambda: None, show=lambda text: None, fail=lambda text: None)
     assert supervise_module._watch(witness, screen, trainer, server, "url", 900) == status
     assert seconds[0] == pytest.approx(end, abs=11)
