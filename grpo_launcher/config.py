@@ -40,7 +40,7 @@ DEFAULTS = {
     "lora_dropout": 0.0,  # with dropout the trainer's log-probabilities differ from those of the server
     "hub_strategy": "end",  # only the final checkpoint is pushed
 }
-MAPPINGS = ("reward_kwargs", "tool_kwargs", "guards")  # a flag gives them as JSON
+MAPPINGS = ("reward_kwargs", "tool_kwargs", "guards", "generation_kwargs")  # a flag gives them as JSON
 # Numbers that would end a run, or keep it from learning, only when they are used. The key says which ones work.
 RANGES = {
     "at least 1": (lambda n: n >= 1, [
