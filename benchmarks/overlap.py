@@ -1,8 +1,7 @@
-"""Seconds a step with and without overlap: `python benchmarks/overlap.py [--real] [--output FILE.json]`.
+"""Seconds a step with and without overlap: `python benchmarks/overlap.py [--output FILE.json]`.
 
-First beside a server that answers from a table after a set time, while a step is trained in a set time: nothing
+Beside a server that answers from a table after a set time, while a step is trained in a set time: nothing
 competes for the processor. With overlap a step should take as long as the longer of the two, without it their sum.
---real adds the quickstart: the vLLM server on one core, both ranks on another.
 """
 
 import argparse
@@ -10,7 +9,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import pandas
-from helpers import ROOT, Launch
 from table_server import TableServer, train_beside
 from tiny_models import make_model
 from transformers import TrainerCallback
@@ -53,40 +50,9 @@ def beside_table(model: Path, folder: Path, generation: float, training: float, 
     return statistics.median(end - start for start, end in itertools.pairwise(train.ends))
 
 
-def real_runs(folder: Path) -> list[dict]:
-    """Run the quickstart without and with overlap beside one server."""
-    recipe, prepare = str(ROOT / "configs/quickstart.yaml"), [sys.executable, "-m", "grpo_launcher.quickstart"]
-    subprocess.run([*prepare, "--output", folder / "data"], check=True, stdout=subprocess.DEVNULL)
-    plan = Launch(folder, recipe, "--dry-run").finish().text()
-    environment, command = plan.partition("vLLM server:\n")[2].splitlines()[:2]
-    server = Launch(folder, command=["bash", "-c", f"{environment} exec taskset -c 0 {command}"])
-    url = f"http://127.0.0.1:{command.split('--port ')[1].split()[0]}"
-    try:
-        return [quickstart(folder, recipe, url, overlap) for overlap in (False, True)]
-    finally:
-        server.end()
-
-
-def quickstart(folder: Path, recipe: str, url: str, overlap: bool) -> dict:
-    """Run the quickstart on one core, and return its figures."""
-    command = ["taskset", "-c", "1", "bash", str(ROOT / "launch_train.sh"), recipe, "--no-install"]
-    command += ["--vllm_server_base_url", url, "--overlap", str(overlap).lower(), "--sample_every", "0"]
-    lines = [line for line in Launch(folder, command=command).finish().metrics() if "reward" in line]
-    times = [line["time"] for line in lines]
-    return {
-        "overlap": overlap,
-        "seconds a step": statistics.median(end - start for start, end in itertools.pairwise(times[1:])),
-        "waited": statistics.median(line.get("overlap/trainer_waited_seconds", 0) for line in lines),
-        "reward, first 3": statistics.mean(line["reward"] for line in lines[:3]),
-        "reward, last 5": statistics.mean(line["reward"] for line in lines[-5:]),
-        "kl, last 5": statistics.mean(line["kl"] for line in lines[-5:]),
-    }
-
-
 def main() -> None:
-    """Print the tables."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--real", action="store_true", help="the quickstart too, with a real server")
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON")
     args = parser.parse_args()
     rows = []
@@ -103,11 +69,8 @@ def main() -> None:
             row = {"generation": seconds[0], "training": seconds[1], "without": off, "with overlap": on}
             rows.append(row | {"with / longer": on / max(seconds), "without / sum": off / sum(seconds)})
         print(pandas.DataFrame(rows).to_string(index=False, float_format="{:.2f}".format), flush=True)
-        real = real_runs(folder) if args.real else []
-    if real:
-        print(pandas.DataFrame(real).to_string(index=False, float_format="{:.2f}".format))
     if args.output:
-        args.output.write_text(json.dumps({"table": rows, "quickstart": real}, indent=1), encoding="utf-8")
+        args.output.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

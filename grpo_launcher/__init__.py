@@ -8,12 +8,9 @@ if is_started and not sys.flags.safe_path and not __file__.startswith(f"{sys.pat
     del sys.path[0]
 
 import logging  # noqa: E402
-import os  # noqa: E402
 
 from grpo_launcher.hub import bypass_proxies  # noqa: E402
 
 bypass_proxies()
-# torch's threads spin while they wait for each other: beside a busy process a step would take 20 times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # At every import it tells that faster 4-bit kernels for the CPU are not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -134,6 +134,8 @@ def _gpu_env(gpus: list) -> dict[str, str]:
 def _common_env() -> dict[str, str]:
     return {
         "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),  # the trainer writes to a pipe and cannot ask
+        # torch's threads would spin while they wait: beside a busy process a step would take 20 times as long.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONSAFEPATH": "1",  # files of the working directory are not modules of the server or the ranks
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
