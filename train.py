@@ -25,13 +25,14 @@ def main(argv: list[str]) -> int:
     skip_deepspeed_ops()
     from grpo_launcher import plugins
     from grpo_launcher.callbacks import Guards, RunLog, guard_limits
-    from grpo_launcher.config import build_dataclasses
+    from grpo_launcher.config import build_dataclasses, sends_files
     from grpo_launcher.data import load_for_training, load_tokenizer
+    from grpo_launcher.layout import server_dtype
     from grpo_launcher.standalone import check_recipe
 
     run = load_run(Path(argv[1])) if argv[:1] == ["--run"] else check_recipe(argv)
     recipe, args, model_args = build_dataclasses(run.values)
-    if recipe.weight_sync in ("disk", "adapter") or not run.values["use_vllm"]:
+    if not run.values["use_vllm"] or sends_files(recipe, args):
         skip_vllm()
     from grpo_launcher.trainer import build_trainer
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     train_dataset, eval_dataset = load_for_training(run.values, tokenizer, run.max_prompt, **template_options)
 
     # Trainer
-    limits = guard_limits(recipe.guards, run.values["beta"], args.bf16 or args.fp16)
+    limits = guard_limits(recipe.guards, run.values["beta"], server_dtype(run.values) != "float32")
     guards = Guards(run.folder, limits, metric="loss" if is_sft else "reward")
     trainer = build_trainer(
         recipe,

@@ -372,6 +372,11 @@ def build_dataclasses(values: dict) -> tuple[Recipe, GRPOConfig | SupervisedConf
     return recipe, args, model_args
 
 
+def sends_files(recipe: Recipe, args) -> bool:
+    """Whether the vLLM server gets its weights as files, and a rank needs nothing of vLLM but HTTP."""
+    return args.use_vllm and args.vllm_mode == "server" and recipe.weight_sync in ("disk", "adapter")
+
+
 def grpo_only_fields(values: dict) -> list[str]:
     """Return the fields that a supervised run has no use for and that do not stand at their default."""
     sft_fields = set(SFTConfig.__dataclass_fields__)

@@ -86,6 +86,15 @@ def _names(gpus: list[Gpu]) -> str:
     return ", ".join(f"GPU {gpu.id}" for gpu in gpus) or "the CPU"
 
 
+def server_dtype(values: dict) -> str:
+    """Return the type in which the vLLM server computes: the trainer's, or that of its frozen weights."""
+    if values["bf16"]:
+        return "bfloat16"
+    if values["fp16"]:
+        return "float16"
+    return values["dtype"] if values["dtype"] in ("bfloat16", "float16") else "float32"
+
+
 class _Choice:
     """Fields that the hardware decides. A given value that cannot be obeyed is a problem."""
 

@@ -33,6 +33,7 @@ from trl.trainer.utils import create_model_from_path
 
 from grpo_launcher import seq2seq
 from grpo_launcher.callbacks import SYNC_DIFFERENCE, print_sample
+from grpo_launcher.config import sends_files
 from grpo_launcher.overlap import NextBlock
 from grpo_launcher.runs import FINAL, report_progress
 from grpo_launcher.trl_version import check_trl_version
@@ -468,7 +469,7 @@ def _write_run_card(trainer, *args, **kwargs) -> None:
 
 
 def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) -> Trainer:
-    if args.use_vllm and args.vllm_mode == "server" and recipe.weight_sync in ("disk", "adapter"):
+    if sends_files(recipe, args):
         # VLLMGeneration makes its client by this name and connects at once. It has no argument for another client.
         vllm_generation.VLLMClient = DiskSyncClient
     # TRL would load a reward model with the policy's model_init_kwargs, such as its revision and its class.
@@ -483,7 +484,7 @@ def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) 
         # Policy and reference are loaded with these. The class that config.json names may have no head.
         args.model_init_kwargs |= {"architecture": seq2seq.model_class(config), **seq2seq.no_dropout(config)}
     options |= {"sample_every": recipe.sample_every, "overlap": recipe.overlap}
-    options["adapter_sync"] = recipe.weight_sync == "adapter"
+    options["adapter_sync"] = sends_files(recipe, args) and recipe.weight_sync == "adapter"
     trainer = Trainer(name, args=args, reward_funcs=rewards, **options)
     args.model_init_kwargs.pop("architecture", None)  # callbacks write the arguments as JSON
     return trainer

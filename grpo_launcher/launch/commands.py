@@ -10,7 +10,7 @@ import yaml
 
 from grpo_launcher.errors import UserError
 from grpo_launcher.launch.hardware import free_ports, is_port_free
-from grpo_launcher.layout import ADAPTER_RANKS, Hardware, Layout
+from grpo_launcher.layout import ADAPTER_RANKS, Hardware, Layout, server_dtype
 from grpo_launcher.preflight_runner import PROJECT, Report
 from grpo_launcher.runs import ACCELERATE_FILE
 
@@ -71,7 +71,7 @@ def server_command(values: dict, given: list[str], layout: Layout, hardware: Har
     TRL becomes the server's flag, and vllm_server_args is passed through.
     """
     argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
-    argv += ["--model", values["model_name_or_path"], "--dtype", _server_dtype(values)]
+    argv += ["--model", values["model_name_or_path"], "--dtype", server_dtype(values)]
     argv += ["--host", values["vllm_server_host"], "--port", str(values["vllm_server_port"])]
     argv += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
     if values["vllm_max_model_length"]:
@@ -117,14 +117,6 @@ def server_url(values: dict) -> str:
     if host == "0.0.0.0":  # noqa: S104  # the user's choice: it listens on all addresses, this one too
         host = HOST
     return f"http://{host}:{values['vllm_server_port']}"
-
-
-def _server_dtype(values: dict) -> str:
-    if values["bf16"]:
-        return "bfloat16"
-    if values["fp16"]:
-        return "float16"
-    return values["dtype"] if values["dtype"] in ("bfloat16", "float16") else "float32"
 
 
 def _gpu_env(gpus: list) -> dict[str, str]:

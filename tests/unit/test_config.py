@@ -2,6 +2,7 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,3 +308,11 @@ def test_show_prints_what_was_given_before_the_defaults(capsys):
     given, _, defaults = capsys.readouterr().out.partition("# by default")
     assert yaml.safe_load(given)["beta"] == 0.5 and yaml.safe_load(given)["reward_kwargs"]
     assert yaml.safe_load(defaults)["temperature"] == 1.0 and "beta" not in yaml.safe_load(defaults)
+
+
+@pytest.mark.parametrize("mode", ["server", "colocate"])
+@pytest.mark.parametrize("sync", ["disk", "adapter", "nccl"])
+def test_files_go_to_a_server_alone(mode, sync):
+    """A rank with an engine of its own needs all of vLLM, whatever the recipe says of a sync."""
+    recipe, args = SimpleNamespace(weight_sync=sync), SimpleNamespace(use_vllm=True, vllm_mode=mode)
+    assert config.sends_files(recipe, args) == (mode == "server" and sync != "nccl")
