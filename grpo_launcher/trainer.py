@@ -80,8 +80,6 @@ class Trainer(GRPOTrainer):
 
     def _sync(self, send_weights) -> None:
         """Give vLLM the weights, and say so: TRL does it within the generation."""
-        if self._next_block:
-            self._next_block.wait()
         self._report("sending weights to vLLM")
         send_weights()
         if self.vllm_mode == "server":
@@ -108,7 +106,7 @@ class Trainer(GRPOTrainer):
             score = self._get_per_token_logps_and_entropies
             trainer = score(self.model, tokens, torch.ones_like(tokens), len(ids))[0][0].float().cpu()
         server = torch.tensor([logprob for (logprob,) in answer[0]["logprobs"][0]])
-        metrics = self._metrics[self.mode]
+        metrics = self._metrics["train"]  # also before an evaluation, so that the guard sees every push
         metrics["weight_sync/server_logp"].append(server.mean().item())
         metrics["weight_sync/trainer_logp"].append(trainer.mean().item())
         metrics[SYNC_DIFFERENCE].append((server - trainer).abs().mean().item())

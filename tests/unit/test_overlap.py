@@ -10,7 +10,7 @@ from tiny_models import make_model
 from transformers import TrainerCallback
 
 from grpo_launcher import overlap
-from grpo_launcher.callbacks import RunLog, print_summary
+from grpo_launcher.callbacks import SYNC_DIFFERENCE, RunLog, print_summary
 from grpo_launcher.runs import read_metrics
 
 STEPS_AN_EPOCH = 4  # of 2 prompts
@@ -121,6 +121,7 @@ def test_an_evaluation_in_mid_flight(train):
         flags = ["--overlap", "true", "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "3"]
         folder = train(server, *flags)
     assert [line[overlap.LAG] for line in steps(folder)] == [0, 1, 1]
+    assert all(SYNC_DIFFERENCE in line for line in steps(folder)), "a push before an evaluation counts too"
     evaluations = [block for block in server.generations if block["prompts"] == server.generations[2]["prompts"]]
     assert [block["version"] for block in evaluations] == [2, 3, 4]
     assert sum("eval_reward" in line for line in read_metrics(folder)) == 3
