@@ -60,7 +60,6 @@ class NextBlock:
 
     def _generate(self, prompts: list[list[int]], **options) -> dict:
         """Return the block ahead, or ask the server where there is none. VLLMGeneration calls it as generate()."""
-        self.wait()
         if self.step is None:
             return self._ask(prompts=prompts, **options)
         self._options = options

@@ -51,13 +51,8 @@ class TableServer:
             disable_nagle_algorithm = True
 
             def do_GET(self):
-                self.send(
-                    200,
-                    {
-                        "data": [{"id": "table"}],
-                        "vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}},
-                    },
-                )
+                config = {"logprobs_mode": "processed_logprobs"}
+                self.send(200, {"data": [{"id": "table"}], "vllm_config": {"model_config": config}})
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
@@ -91,10 +86,7 @@ class TableServer:
 
     def respond(self, path: str, request: dict) -> tuple[int, dict]:
         """Return status and body of a POST."""
-        if path == "/collective_rpc":
-            self.version += 1
-        if path.endswith("_lora_adapter"):
-            self.version += path.endswith("/load_lora_adapter")
+        self.version += path in ("/collective_rpc", "/v1/load_lora_adapter")
         if path != "/v1/completions":
             return 200, {"success": True}
         if "seed" in request:  # the comparison after a push
@@ -141,16 +133,8 @@ def train_beside(server: TableServer, model: Path, folder: Path, *flags: str, st
     argv = ["--model_name_or_path", str(model), "--dataset_name", "rows", "--use_cpu", "true", "--bf16", "false"]
     argv += ["--report_to", "none", "--num_generations", "4", "--per_device_train_batch_size", "8"]
     argv += ["--per_device_eval_batch_size", "8", "--max_completion_length", "6", "--learning_rate", "1e-3"]
-    argv += [
-        "--use_vllm",
-        "true",
-        "--vllm_mode",
-        "server",
-        "--vllm_server_base_url",
-        server.url,
-        "--weight_sync",
-        "disk",
-    ]
+    argv += ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", server.url]
+    argv += ["--weight_sync", "disk"]
     argv += ["--sample_every", "0", "--max_steps", "6", "--vllm_importance_sampling_mode", "token_truncate"]
     recipe, args, model_args = build_dataclasses(load_config([*argv, *flags]).values)
     folder.mkdir(exist_ok=True)

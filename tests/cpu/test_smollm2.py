@@ -11,16 +11,8 @@ from grpo_launcher.quickstart.corpus import words
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, launch) -> Launch:
     """The finished run. The launcher has fetched and converted the model."""
-    flags = [
-        "--max_steps",
-        "2",
-        "--sync",
-        "adapter",
-        "--vllm_importance_sampling_correction",
-        "true",
-        "--use_peft",
-        "true",
-    ]
+    flags = ["--max_steps", "2", "--sync", "adapter", "--use_peft", "true"]
+    flags += ["--vllm_importance_sampling_correction", "true"]
     flags += ["--per_device_train_batch_size", "2", "--num_generations", "4"]  # other tests run beside this one
     run = launch(tmp_path_factory.mktemp("work"), str(ROOT / "configs/smollm2_length.yaml"), *flags)
     run.process.wait(1200)

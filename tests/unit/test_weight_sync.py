@@ -2,40 +2,17 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from table_server import TableServer, train_beside
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
-from trl.generation import vllm_generation
-from trl.generation.vllm_client import VLLMClient
 
 from grpo_launcher import trainer as trainer_module
-from grpo_launcher.callbacks import SYNC_DIFFERENCE, Guards, RunLog, guard_limits
-from grpo_launcher.config import build_dataclasses, load_config
+from grpo_launcher.callbacks import SYNC_DIFFERENCE, Guards, guard_limits
 from grpo_launcher.runs import read_metrics
-from grpo_launcher.trainer import build_trainer
 
-ROWS = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"What of number {n}?"}] for n in range(8)]})
-
-
-def rate(completion_ids, **columns):
-    """Return a reward that differs within a group."""
-    return [float(sum(ids)) for ids in completion_ids]
-
-
-FLAGS = ["--dataset_name", "rows", "--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--max_steps", "3"]
-FLAGS += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--max_completion_length", "8"]
-FLAGS += [
-    "--learning_rate",
-    "1e-2",
-    "--use_vllm",
-    "true",
-    "--vllm_mode",
-    "server",
-    "--vllm_importance_sampling_correction",
-    "false",
-]
-FLAGS += ["--lora_target_modules", "all-linear", "--sample_every", "0"]
+FLAGS = ["--max_steps", "3", "--learning_rate", "1e-2", "--lora_target_modules", "all-linear"]
+FLAGS += ["--vllm_importance_sampling_correction", "false", "--max_completion_length", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +53,8 @@ class Server:
     def load_adapter(self, config, weights):
         self.pushes += 1
         if self.pushes == 1:
-            self.model = get_peft_model(
-                self.model, LoraConfig(**{k: getattr(config, k) for k in ("r", "lora_alpha", "target_modules")})
-            )
+            kept = {name: getattr(config, name) for name in ("r", "lora_alpha", "target_modules")}
+            self.model = get_peft_model(self.model, LoraConfig(**kept))
         if self.pushes != 2 or self.fault != "the adapter is not loaded":
             set_peft_model_state_dict(self.model, weights)
 
@@ -99,18 +75,13 @@ class Server:
 @pytest.fixture
 def train(model, tmp_path, monkeypatch):
     """Return a function (fault, flags) -> the message of the guard, and the differences of each step."""
-    monkeypatch.setattr(vllm_generation, "VLLMClient", VLLMClient)
 
     def run(fault: str, *flags: str) -> tuple[str | None, list[float]]:
         kind = type("FaultyServer", (Server,), {"fault": fault, "folder": str(model)})
         monkeypatch.setattr(trainer_module, "DiskSyncClient", kind)
-        argv = ["--model_name_or_path", str(model), *FLAGS, *flags]
-        recipe, args, model_args = build_dataclasses(load_config(argv).values)
         guards = Guards(tmp_path, guard_limits(None, beta=0.0))
-        options = {"reward_funcs": [rate], "callbacks": [RunLog(tmp_path), guards]}
-        rows = {"train_dataset": ROWS, "eval_dataset": None}
-        trainer = build_trainer(recipe, args, model_args, run=tmp_path, **options, **rows)
-        trainer.train()
+        unused = TableServer.at("http://unused")
+        train_beside(unused, model, tmp_path, *FLAGS, *flags, callbacks=[guards])
         return guards.stopped, [line[SYNC_DIFFERENCE] for line in read_metrics(tmp_path) if "reward" in line]
 
     return run
