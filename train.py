@@ -50,6 +50,9 @@ def main(argv: list[str]) -> int:
     train_dataset, eval_dataset = load_for_training(run.values, tokenizer, run.max_prompt, **template_options)
 
     # Trainer
+    rewards = []
+    if not is_sft:
+        rewards = plugins.load_rewards(recipe.reward_funcs, recipe.reward_kwargs, timeout=recipe.reward_timeout)
     limits = guard_limits(recipe.guards, run.values["beta"], server_dtype(run.values) != "float32")
     guards = Guards(run.folder, limits, metric="loss" if is_sft else "reward")
     trainer = build_trainer(
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> int:
         run=run.folder,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        reward_funcs=[] if is_sft else plugins.load_rewards(recipe.reward_funcs, recipe.reward_kwargs),
+        reward_funcs=rewards,
         tools=tools,
         environment_factory=environment,
         callbacks=[RunLog(run.folder, is_sft=is_sft), guards],

@@ -4,6 +4,7 @@ A name is `file.py:function` for a user's own code, or `package.module.function`
 loaded under a private module name, so that it neither hides an installed module of its name nor is hidden by one.
 """
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -14,7 +15,9 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from types import ModuleType
@@ -91,6 +94,7 @@ def load_rewards(
     *,
     columns: list[str] | None = None,
     weights: list[float] | None = None,
+    timeout: float = 0,
 ) -> list[Callable | str]:
     """Load rewards and bind their options.
 
@@ -99,12 +103,13 @@ def load_rewards(
         reward_kwargs: options by function name.
         columns: of the dataset. A reward that needs a column that is not there is refused. None: not checked.
         weights: reward_weights of the recipe.
+        timeout: seconds for one call, after which all its scores are None. 0: no limit.
 
     Raises:
         UserError: unknown name or option, two rewards of one name, no **kwargs, a missing column.
     """
     options = dict(reward_kwargs or {})
-    rewards = [_bind_reward(name, options, columns) for name in reward_funcs]
+    rewards = [_bind_reward(name, options, columns, timeout) for name in reward_funcs]
     names = [metric_name(reward) for reward in rewards]
     for name in names:
         if names.count(name) > 1:
@@ -140,7 +145,7 @@ def is_reward_model(name: str) -> bool:
     return ":" not in name and ("/" in name or os.path.isdir(name))
 
 
-def _bind_reward(name: str, options: dict, columns: list[str] | None) -> Callable | str:
+def _bind_reward(name: str, options: dict, columns: list[str] | None, timeout: float) -> Callable | str:
     """Load one reward and take its options out of `options`."""
     if is_reward_model(name):
         return name
@@ -165,10 +170,10 @@ def _bind_reward(name: str, options: dict, columns: list[str] | None) -> Callabl
         problem = f"{name} needs the column {', '.join(sorted(missing))}, and the dataset has {', '.join(columns)}"
         fix = "rename a column. TRL drops columns called completion or completion_ids, so call a gold text reference"
         raise UserError("reward_funcs", problem, fix)
-    return _with_checked_scores(function, given)
+    return _with_checked_scores(function, given, timeout)
 
 
-def _with_checked_scores(function: Callable, options: dict) -> Callable:
+def _with_checked_scores(function: Callable, options: dict, timeout: float) -> Callable:
     """Bind options, and check every result: one finite number or None a completion.
 
     TRL does not look for inf and nan. Under group scaling one of them silently sets its group's advantages to 0.
@@ -179,20 +184,78 @@ def _with_checked_scores(function: Callable, options: dict) -> Callable:
 
     @functools.wraps(function)
     def reward(completions, **columns):
-        with contextlib.chdir("."):  # whatever the function does: the run's folder is relative to it
-            scores = function(completions=completions, **options, **columns)
+        try:
+            with contextlib.chdir("."), _time_limit(timeout):  # the run's folder is relative to where it began
+                scores = function(completions=completions, **options, **columns)
+        except _OutOfTime:
+            return _unrated(function.__name__, completions, timeout)
         return check_scores(scores, completions, function.__name__)
 
-    @functools.wraps(function)
-    async def async_reward(completions, **columns):
-        with contextlib.chdir("."):
-            scores = await function(completions=completions, **options, **columns)
-        return check_scores(scores, completions, function.__name__)
-
-    bound = async_reward if inspect.iscoroutinefunction(function) else reward
+    bound = AsyncReward(function, options, timeout) if inspect.iscoroutinefunction(function) else reward
     if hasattr(function, "ready"):
         bound.ready = functools.partial(function.ready, **options)
     return bound
+
+
+class AsyncReward:
+    """An async reward. start() begins a call whose scores the next call returns."""
+
+    def __init__(self, function: Callable, options: dict, timeout: float):
+        functools.update_wrapper(self, function)
+        self._options, self._timeout, self._started = options, timeout, None
+
+    def start(self, loop: asyncio.AbstractEventLoop, **columns) -> None:
+        """Begin to score in the event loop of another thread."""
+        self._started = asyncio.run_coroutine_threadsafe(self._scores(**columns), loop)
+
+    async def __call__(self, **columns) -> list[float | None]:
+        """Return the scores of what was started, else of these columns."""
+        started, self._started = self._started, None
+        return await (asyncio.wrap_future(started) if started else self._scores(**columns))
+
+    async def _scores(self, completions, **columns) -> list[float | None]:
+        name = self.__name__
+        try:
+            with contextlib.chdir("."):
+                async with asyncio.timeout(self._timeout or None) as limit:
+                    scores = await self.__wrapped__(completions=completions, **self._options, **columns)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return _unrated(name, completions, self._timeout)
+        return check_scores(scores, completions, name)
+
+
+class _OutOfTime(BaseException):
+    """No `except Exception` of a reward takes it."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float):
+    """Raise _OutOfTime in the block after so many seconds. Only the main thread gets signals, and so has a limit."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # each further second too, where a bare `except:` took it
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # the alarm may come in the lines above
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _unrated(name: str, completions: list, timeout: float) -> list[None]:
+    problem = f"{name} took over {timeout:g} s and rates none of {len(completions)} completions"
+    print(f"Warning: {problem}. Fix: mend the reward, or raise reward_timeout.", flush=True)
+    return [None] * len(completions)
 
 
 def check_scores(scores, completions: list, name: str) -> list[float | None]:

@@ -35,6 +35,7 @@ from grpo_launcher import seq2seq
 from grpo_launcher.callbacks import SYNC_DIFFERENCE, print_sample
 from grpo_launcher.config import sends_files
 from grpo_launcher.overlap import NextBlock
+from grpo_launcher.plugins import DROPPED_COLUMNS, AsyncReward
 from grpo_launcher.runs import FINAL, report_progress
 from grpo_launcher.trl_version import check_trl_version
 from grpo_launcher.weight_sync import DiskSyncClient, send_adapter
@@ -213,6 +214,27 @@ class Trainer(GRPOTrainer):
             ids = seq2seq.sample_completions(model, prompt_ids, self.generation_config, self.eos_token_ids)
         return ids, None
 
+    def _generate(self, prompts):
+        """Generate, and start the async rewards.
+
+        GRPOTrainer._calculate_rewards starts them only when the completions are scored, and waits.
+        """
+        generated = super()._generate(prompts)
+        names = [name for name in self._inputs[0] if name not in DROPPED_COLUMNS]
+        columns = {name: [row[name] for row in self._inputs] for name in names}
+        columns |= {
+            "log_extra": self._log_completion_extra,
+            "log_metric": self._log_metric,
+            "trainer_state": self.state,
+        }
+        if self.environments is not None:
+            columns["environments"] = self.environments
+        columns |= {"prompts": prompts, "completion_ids": generated[1], "completions": generated[3]}
+        for reward in self.reward_funcs:
+            if isinstance(reward, AsyncReward):
+                reward.start(self.async_loop, **columns)
+        return generated
+
     # Overlap
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -266,6 +288,7 @@ class Trainer(GRPOTrainer):
         `overlap/effective_sample_size` is the share of its tokens that would weigh as much, all alike, and
         `overlap/capped` the share whose weight was cut or masked. Both are from 0 to 1.
         """
+        self._inputs = inputs
         output = super()._generate_and_score_completions(inputs)
         if self._next_block and self.mode == "train":
             weights, mask = output["importance_sampling_ratio"].double(), output["completion_mask"].bool()

@@ -83,13 +83,17 @@ async def judge_reward(
             except (openai.OpenAIError, ValueError) as error:
                 errors.append(error)
 
-    async with _client(base_url, timeout, retries) as client:
-        await asyncio.gather(*map(rate, new))
+    try:
+        async with _client(base_url, timeout, retries) as client:
+            await asyncio.gather(*map(rate, new))
+    except asyncio.CancelledError:  # the ratings that are there count
+        errors.append(TimeoutError("all requests together took longer than reward_timeout"))
     for oldest in list(_cache)[:-CACHE_SIZE]:
         del _cache[oldest]
     if errors and (base_url, model) not in _failing:
         message = "judge_reward: no rating from %s (model %s) for %d of %d requests: %s. It is asked again each step."
-        logging.getLogger(__name__).warning(message, base_url, model, len(errors), len(new), _without_key(errors[0]))
+        missing = sum(key not in scores for key in new)
+        logging.getLogger(__name__).warning(message, base_url, model, missing, len(new), _without_key(errors[0]))
         _failing.add((base_url, model))
     elif new and not errors:
         _failing.discard((base_url, model))

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 import time
 import traceback
 from contextlib import ExitStack
@@ -215,6 +216,20 @@ def test_part_of_a_batch_may_fail(serve):
     judge = serve(lambda reply, _: "9" if reply == "good" or (reply == "busy" and len(judge.requests) > 4) else busy)
     assert rate(judge.url, ["good", "bad", "busy", "worse"], retries=1) == [9, None, 9, None]
     assert len(judge.requests) == 7
+
+
+def test_what_is_rated_when_the_time_is_over_counts(serve, caplog):
+    """One request that hangs does not cost the others their ratings."""
+    hangs = threading.Event()
+    judge = serve(lambda reply, _: "7" if reply == "quick" else str(hangs.wait(60)))
+
+    async def ask():
+        async with asyncio.timeout(2):
+            return await judge_reward(prompts=["p"] * 3, completions=["quick", "slow", "slower"], base_url=judge.url)
+
+    assert asyncio.run(ask()) == [7, None, None]
+    hangs.set()
+    assert "2 of 3 requests" in caplog.text and "reward_timeout" in caplog.text
 
 
 def test_a_failure_is_logged_once_until_the_judge_is_back(serve, caplog):

@@ -2,8 +2,8 @@
 
 import asyncio
 import importlib.util
-import inspect
 import re
+import signal
 import sys
 import traceback
 from decimal import Decimal
@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_models import TEMPLATE, make_tokenizer
 from transformers.utils import get_json_schema
+from trl.trainer.utils import is_async_callable
 
 from grpo_launcher.errors import UserError
 from grpo_launcher.plugins import (
@@ -268,7 +269,7 @@ def test_partials_and_callable_objects_are_called_as_the_recipe_calls_them(tmp_p
     *rewards, late = load_rewards(names, {"short": {"target": 6}})
     assert [metric_name(reward) for reward in (*rewards, late)] == ["short", "medium", "long", "late"]
     assert [reward(completions=["abcd"], prompts=["p"]) for reward in rewards] == [[-2.0], [-46.0], [-1.0]]
-    assert inspect.iscoroutinefunction(late) and asyncio.run(late(completions=["abc"])) == [-1.0]
+    assert is_async_callable(late) and asyncio.run(late(completions=["abc"])) == [-1.0]
     with pytest.raises(ValueError, match="asleep"):
         rewards[1].ready()
     for name in names[:2]:
@@ -320,6 +321,53 @@ def test_a_module_or_reward_that_changes_the_working_directory_harms_nothing(tmp
     assert Path.cwd() == tmp_path
 
 
+SLOW = """
+import asyncio, time
+def sleeps(completions, **columns):
+    time.sleep(60)
+def loops(completions, **columns):
+    while True:
+        try:
+            time.sleep(0.01)
+        except Exception:
+            pass
+def resists(completions, **columns):
+    while True:
+        try:
+            time.sleep(60)
+        except:
+            if time.monotonic() - start > 1:
+                raise
+async def waits(completions, **columns):
+    await asyncio.sleep(60)
+async def is_told(completions, **columns):
+    raise TimeoutError("of its own")
+def quick(completions, **columns):
+    return [1.0] * len(completions)
+start = time.monotonic()
+"""
+
+
+@pytest.mark.parametrize("name", ["sleeps", "loops", "resists", "waits"])
+def test_a_reward_that_hangs_rates_nothing_within_its_time(name, tmp_path, capsys):
+    """Ranks wait for each other: without a limit one reward would hold them all."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    handler = signal.getsignal(signal.SIGALRM)
+    slow, quick = load_rewards([f"{tmp_path}/slow.py:{name}", f"{tmp_path}/slow.py:quick"], timeout=0.2)
+    scores = slow(completions=["a", "b"])
+    assert (asyncio.run(scores) if name == "waits" else scores) == [None, None]
+    assert f"Warning: {name} took over 0.2 s" in (printed := capsys.readouterr().out) and "reward_timeout" in printed
+    assert quick(completions=["a"]) == [1.0]
+    assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_timeout_of_the_rewards_own_ends_the_run(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (told,) = load_rewards([f"{tmp_path}/slow.py:is_told"], timeout=60)
+    with pytest.raises(TimeoutError, match="of its own"):
+        asyncio.run(told(completions=["a"]))
+
+
 REFUSED_REWARDS = {  # names with MINE for the user's file, other arguments, field, part of the message
     "no file": (["nowhere.py:f"], {}, "reward_funcs", "no file nowhere.py"),
     "no function": (["MINE:needs_golf"], {}, "reward_funcs", "did you mean needs_gold?"),
@@ -364,7 +412,7 @@ def test_options_are_bound_and_names_kept(mine):
     options = {"length_reward": {"target": 3}, "late": {"score": 0.5}}
     length, late, model = load_rewards(["rewards.length.length_reward", f"{mine}:late", "owner/model"], options)
     assert length(completions=["abcd"], prompts=["p"]) == [-1.0] and length.__name__ == "length_reward"
-    assert inspect.iscoroutinefunction(late) and asyncio.run(late(completions=["a"], prompts=["p"])) == [0.5]
+    assert is_async_callable(late) and asyncio.run(late(completions=["a"], prompts=["p"])) == [0.5]
     assert model == "owner/model" and metric_name(model) == "model"
     assert options["length_reward"] == {"target": 3}, "the recipe's values stay as they are"
 

@@ -28,6 +28,7 @@ from grpo_launcher import trl_version, weight_sync
 from grpo_launcher.callbacks import RunLog, console
 from grpo_launcher.config import build_dataclasses, load_config
 from grpo_launcher.errors import UserError
+from grpo_launcher.plugins import load_rewards
 from grpo_launcher.runs import Run, read_metrics
 from grpo_launcher.trainer import Trainer, build_trainer
 from grpo_launcher.weight_sync import DiskSyncClient
@@ -147,6 +148,38 @@ def test_the_trainer_says_what_it_is_doing(build, tmp_path):
     trainer = build([looks])
     trainer._prepare_inputs([ROWS[0]] * 4)
     assert seen == ["step 1: scoring"] and (tmp_path / "progress.txt").read_text() == "step 1: training"
+
+
+ASYNC = """
+import threading
+begun = threading.Event()
+async def judge(completions, completion_ids, prompts, reference, **columns):
+    begun.set()
+    assert all(sizes == len(reference) == 4 for sizes in map(len, (completions, completion_ids, prompts)))
+    columns["log_metric"]("asked", 4.0)
+    return [1.0, 2.0, 3.0, 4.0]
+"""
+
+
+def test_an_async_reward_works_beside_scoring(build, tmp_path, monkeypatch):
+    """A judge is asked once, and has begun before the trainer scores the completions."""
+    (tmp_path / "mine.py").write_text(ASYNC)
+    (reward,) = load_rewards([f"{tmp_path}/mine.py:judge"], timeout=60)
+    trainer = build([reward], "--beta", "0.1")
+    begun, stock, scored = reward.__wrapped__.__globals__["begun"], trainer._get_per_token_logps_and_entropies, []
+
+    def score(*args, **kwargs):
+        scored.append(begun.wait(20))
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", score)
+    for _ in range(2):
+        output = trainer._generate_and_score_completions([ROWS[0]] * 4)
+        assert output["advantages"].tolist() == sorted(output["advantages"].tolist())
+        assert scored and all(scored)
+        begun.clear()
+    assert trainer._metrics["train"]["rewards/judge/mean"] == [2.5, 2.5]
+    assert trainer._metrics["train"]["asked"] == [4.0, 4.0]
 
 
 def test_a_measure_is_a_mean_over_completions(build):
