@@ -16,6 +16,8 @@ from grpo_launcher import hub
 from grpo_launcher.errors import UserError, first_line
 
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+CUT = "prompts that lose their end"
+BATCH = 1000  # rows in memory at once
 TEST_ROWS = 1000  # at most, where a split is drawn from train; at most a tenth of train too
 
 
@@ -47,9 +49,10 @@ class Request:
 class DatasetSpec:
     """What is particular to a dataset."""
 
-    to_row: Callable[..., dict]  # raw row -> row with the column prompt; raises SkipRow
+    to_row: Callable[..., dict]  # raw row -> row with the columns prompt and `columns`; raises SkipRow
     tokenizer: str  # what a request has by default: tokenizer, max_prompt_length and source
     max_prompt_length: int
+    columns: dict[str, str | list[str]]  # name -> type, as datasets calls it; [type] for a list
     source: str | None = None  # Hub id
     config: str | None = None  # configuration of the Hub's dataset
     splits: tuple[str, ...] = ("train", "test")  # what is written
@@ -130,16 +133,13 @@ def process(request: Request) -> None:
         raise UserError(f"--tokenizer {request.tokenizer}", first_line(error), hub.hint()) from error
     splits = {name: rows if isinstance(rows, Dataset) else Dataset.from_list(rows) for name, rows in splits.items()}
     splits = _complete(splits, spec.splits, request.seed)
-    tables = {split: _prepare(split, splits[split], request, tokenizer) for split in spec.splits}
-    # One set of features for all: a column of empty lists in one split has the type of the other's lists.
-    features = Dataset.from_list([row for rows in tables.values() for row in rows]).features
     with new_folder(request.output) as folder:
-        for split, rows in tables.items():
-            Dataset.from_list(rows, features=features).to_parquet(folder / f"{split}.parquet")
+        for split in spec.splits:
+            first = _write(split, splits[split], request, tokenizer, folder / f"{split}.parquet")
         for file, rows in files.items():
             Dataset.from_list(rows).to_json(folder / file, force_ascii=False)
-    print("\nOne row of test:")
-    for column, value in tables["test"][0].items():
+    print(f"\nOne row of {split}:")
+    for column, value in first.items():
         print(f"  {column}: {value}")
     print(f"\nWrote {request.output}/{{{','.join(spec.splits)}}}.parquet", *files)
 
@@ -184,21 +184,57 @@ def _complete(splits: dict, names: tuple[str, ...], seed: int) -> dict:
     return splits
 
 
-def _prepare(split: str, raw, request: Request, tokenizer) -> list[dict]:
-    """Return the rows of a split that can be used, with their tokens counted, and print why the others cannot."""
+def _write(split: str, raw, request: Request, tokenizer, path: Path) -> dict:
+    """Write the rows of a split that can be used, print why the others cannot, and return the first of them."""
     import numpy
+    import pyarrow
+    from datasets import Features, List, Value
+    from pyarrow.parquet import ParquetWriter
     from tqdm import tqdm
 
-    from grpo_launcher.data import count_tokens, tokenizer_mark
+    from grpo_launcher.data import tokenizer_mark
 
     spec = load_spec(request.name)
-    options = {name: getattr(request, name) for name in spec.options}
-    limit = request.max_prompt_length
     if request.limit and request.limit < len(raw):
         raw = raw.shuffle(seed=request.seed).select(range(request.limit))
-    rows = []
-    left_out = Counter()
-    for raw_row in tqdm(raw, desc=f"reading {split}", unit="row", delay=2):
+    mark = tokenizer_mark(request.tokenizer, tokenizer)
+    message = {"role": Value("string"), "content": Value("string")}
+    types = {"prompt": List(message) if request.prefix is None else Value("string")}
+    for name, kind in (spec.columns | {"prompt_tokens": "int64", "prompt_tokenizer": "string"}).items():
+        types[name] = List(Value(*kind)) if isinstance(kind, list) else Value(kind)
+    schema = Features(types).arrow_schema
+    first, lengths, left_out = None, [], Counter()
+    with ParquetWriter(path, schema) as writer, tqdm(total=len(raw), desc=f"reading {split}", delay=2) as bar:
+        for batch in raw.iter(BATCH):
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            bar.update(len(rows))
+            kept = [row | {"prompt_tokenizer": mark} for row in _prepare(rows, spec, request, tokenizer, left_out)]
+            for row in kept[:1]:
+                if set(row) != set(schema.names):
+                    raise TypeError(f"{request.name}: to_row gives {', '.join(row)}, and columns says {schema.names}")
+                first = first or row
+            writer.write_table(pyarrow.Table.from_pylist(kept, schema))
+            lengths += [row["prompt_tokens"] for row in kept]
+    if cut := left_out.pop(CUT, 0):
+        print(f"{split}: {cut} prompts over {request.max_prompt_length} tokens lose their end")
+    print(f"{split}: {len(lengths)} of {len(raw)} rows kept")
+    for cause, count in left_out.most_common():
+        print(f"  {count} left out: {cause}")
+    if not lengths:
+        causes = ", ".join(left_out) or "it is empty"
+        raise UserError(f"--source {request.source}", f"no row of its split {split} can be used: {causes}")
+    median, high, longest = numpy.percentile(lengths, [50, 95, 100])
+    print(f"  prompt tokens: median {median:.0f}, 95th percentile {high:.0f}, longest {longest:.0f}")
+    return first
+
+
+def _prepare(raw_rows: list[dict], spec: DatasetSpec, request: Request, tokenizer, left_out: Counter) -> list[dict]:
+    """Return the rows that can be used, with their tokens counted, and count why the others cannot."""
+    from grpo_launcher.data import count_tokens
+
+    options = {name: getattr(request, name) for name in spec.options}
+    rows, limit = [], request.max_prompt_length
+    for raw_row in raw_rows:
         try:
             rows.append(spec.to_row(raw_row, **options))
         except SkipRow as cause:
@@ -206,25 +242,17 @@ def _prepare(split: str, raw, request: Request, tokenizer) -> list[dict]:
     if request.system_in_user:
         rows = [row | {"prompt": _system_in_user(row["prompt"])} for row in rows]
     lengths = count_tokens([row["prompt"] for row in rows], tokenizer)
-    long = [index for index, tokens in enumerate(lengths) if tokens > limit]
-    if request.too_long == "cut" and long:
-        for index in long:
-            rows[index]["prompt"] = _cut(rows[index]["prompt"], lengths[index] - limit, tokenizer)
-            (lengths[index],) = count_tokens([rows[index]["prompt"]], tokenizer)
-        print(f"{split}: {len(long)} prompts over {limit} tokens lose their end")
-    mark = tokenizer_mark(request.tokenizer, tokenizer)
-    counted = [row | {"prompt_tokens": tokens} for row, tokens in zip(rows, lengths, strict=True)]
-    kept = [row | {"prompt_tokenizer": mark} for row in counted if row["prompt_tokens"] <= limit]
-    if len(kept) < len(rows):
-        left_out[f"prompt over {limit} tokens"] = len(rows) - len(kept)
-    print(f"{split}: {len(kept)} of {len(raw)} rows kept")
-    for cause, count in left_out.most_common():
-        print(f"  {count} left out: {cause}")
-    if not kept:
-        causes = ", ".join(left_out) or "it is empty"
-        raise UserError(f"--source {request.source}", f"no row of its split {split} can be used: {causes}")
-    median, high, longest = numpy.percentile([row["prompt_tokens"] for row in kept], [50, 95, 100])
-    print(f"  prompt tokens: median {median:.0f}, 95th percentile {high:.0f}, longest {longest:.0f}")
+    kept = []
+    for row, length in zip(rows, lengths, strict=True):
+        tokens = length
+        if tokens > limit and request.too_long == "cut":
+            row["prompt"] = _cut(row["prompt"], tokens - limit, tokenizer)
+            (tokens,) = count_tokens([row["prompt"]], tokenizer)
+            left_out[CUT] += 1
+        if tokens > limit:
+            left_out[f"prompt over {limit} tokens"] += 1
+        else:
+            kept.append(row | {"prompt_tokens": tokens})
     return kept
 
 

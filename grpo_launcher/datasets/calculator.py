@@ -84,6 +84,7 @@ DATASET = DatasetSpec(
     to_row,
     tokenizer="Qwen/Qwen2.5-3B-Instruct",
     max_prompt_length=512,  # without the tool's schema, which the chat template renders in 150 to 200 tokens more
+    columns={"answer": "string", "needs_tool": "bool"},
     source="openai/gsm8k",
     config="main",
     load=load,

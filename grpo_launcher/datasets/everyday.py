@@ -49,4 +49,10 @@ def to_row(raw: dict) -> dict:
     return {"prompt": [{"role": "user", "content": raw["prompt"]}], "reference": raw["prompt"]}
 
 
-DATASET = DatasetSpec(to_row, tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct", max_prompt_length=64, load=load)
+DATASET = DatasetSpec(
+    to_row,
+    tokenizer="HuggingFaceTB/SmolLM2-135M-Instruct",
+    max_prompt_length=64,
+    columns={"reference": "string"},
+    load=load,
+)

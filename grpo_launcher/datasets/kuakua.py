@@ -25,4 +25,4 @@ def to_row(raw: dict) -> dict:
     return {"prompt": chat_prompt(SYSTEM, raw["prompt"])}
 
 
-DATASET = DatasetSpec(to_row, tokenizer="Qwen/Qwen2.5-0.5B-Instruct", max_prompt_length=256, load=load)
+DATASET = DatasetSpec(to_row, tokenizer="Qwen/Qwen2.5-0.5B-Instruct", max_prompt_length=256, columns={}, load=load)

@@ -94,5 +94,6 @@ DATASET = DatasetSpec(
     to_row,
     tokenizer="Qwen/Qwen2.5-3B-Instruct",
     max_prompt_length=768,  # with the completions of configs/mcq_refusal.yaml they fit into a context of 1,280
+    columns={"answer": "string"},
     load=load,
 )

@@ -77,6 +77,7 @@ DATASET = DatasetSpec(
     to_row,
     tokenizer="Qwen/Qwen2.5-3B-Instruct",
     max_prompt_length=256,  # without the tool's schema, which the chat template renders in 150 to 200 tokens more
+    columns={"answers": ["string"], "passage_id": "string"},
     source="rajpurkar/squad_v2",
     load=load,
 )

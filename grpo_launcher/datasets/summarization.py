@@ -33,6 +33,7 @@ DATASET = DatasetSpec(
     to_row,
     tokenizer="google-t5/t5-small",
     max_prompt_length=512,  # what T5 was pre-trained on
+    columns={"reference": "string"},
     source="abisee/cnn_dailymail",
     config="3.0.0",
     splits=("train", "validation", "test"),

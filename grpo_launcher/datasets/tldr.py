@@ -20,5 +20,6 @@ DATASET = DatasetSpec(
     to_row,
     tokenizer="Qwen/Qwen2.5-1.5B-Instruct",
     max_prompt_length=768,  # with the completions of configs/tldr_*.yaml they fit into a context of 1,024
+    columns={"reference": "string"},
     source="trl-lib/tldr",
 )
