@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# All benchmarks for a machine without a GPU, one after the other: bash benchmarks/run.sh [FOLDER for JSON]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source grpo_launcher/launch/environment.sh
+results=${1:-benchmarks/results}
+mkdir -p "$results"
+run() {
+    echo "== $*"
+    "$PYTHON" "benchmarks/$1.py" "${@:2}"
+}
+run overlap --output "$results/overlap.json"
+run overlap --quickstart --output "$results/overlap-quickstart.json"
+run sync --output "$results/sync.json"
+run scale --output "$results/scale.json"
+run overhead --pairs 5 --output "$results/overhead.json"
+run overhead --server --pairs 2 --output "$results/overhead-server.json"
+run process_dataset --rows 20000 --output "$results/process_dataset.json"
+run rewards
