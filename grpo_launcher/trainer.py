@@ -29,7 +29,7 @@ from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config, get_quant
 from trl.generation import vllm_generation
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import RepeatSampler, create_model_from_path
 
 from grpo_launcher import seq2seq
 from grpo_launcher.callbacks import SYNC_DIFFERENCE, print_sample
@@ -235,6 +235,18 @@ class Trainer(GRPOTrainer):
                 reward.start(self.async_loop, **columns)
         return generated
 
+    # Order of the data
+
+    def _get_train_sampler(self, dataset=None):
+        """Give each epoch the order that it has in an uninterrupted run.
+
+        The RepeatSampler of GRPOTrainer draws one order after the other, so a run that is resumed in its second epoch
+        would see the first one's again: some prompts twice, and others never.
+        """
+        stock = super()._get_train_sampler(dataset)
+        options = {name: getattr(stock, name) for name in ("batch_size", "repeat_count", "shuffle", "seed")}
+        return EpochSampler(self, stock.data_source, stock.mini_repeat_count, **options)
+
     # Overlap
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -389,6 +401,21 @@ class Trainer(GRPOTrainer):
         start = sum(len(rank_prompts) for rank_prompts in prompts_by_rank[:rank])
         own = slice(start, start + len(prompt_ids))
         return gather_object(ids)[own], None if logprobs is None else gather_object(logprobs)[own]
+
+
+class EpochSampler(RepeatSampler):
+    """A RepeatSampler that draws the order of the epoch in which the trainer is."""
+
+    def __init__(self, trainer, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.trainer = trainer
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(int(self.trainer.state.epoch or 0)):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
 
 
 def score_by_length(score, input_ids, attention_mask, logits_to_keep: int, rows: int):

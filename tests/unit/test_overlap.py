@@ -138,6 +138,17 @@ def test_a_resumed_run_goes_through_the_same_prompts(train):
     assert [line[overlap.LAG] for line in steps(folder)] == [0, 1, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("overlap", ["false", "true"])
+def test_a_run_resumed_in_its_second_epoch_has_the_order_of_that_epoch(train, overlap):
+    """An epoch has 4 steps. The stock sampler would begin with the order of the first one."""
+    flags = ["--overlap", overlap, "--save_steps", "5", "--max_steps", "9"]
+    with TableServer() as server:
+        whole = completions(train(server, *flags, name="whole"))
+    with TableServer() as server:
+        folder = train(server, *flags, "--max_steps", "5", name="part")
+        assert completions(train(server, *flags, name="part", resume=str(folder / "checkpoint-5"))) == whole
+
+
 def test_an_error_of_the_server_ends_the_run(train):
     """The message says what the server said. A thread that fails in silence would leave the ranks waiting."""
     fails = TableServer(before=lambda number: "no memory left" if number == 2 else None)
