@@ -1,6 +1,7 @@
 """Shared by the benchmarks: models with random weights, commands whose lines are timed, ranks, and tables."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -134,11 +135,13 @@ def watch(command: list[str], pattern: str, **options) -> dict:
     reader.start()
     while process.poll() is None:
         peak = max(peak, _memory_of(process.pid))
-        time.sleep(2.0)  # counting pages takes time itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)  # counting pages takes time itself
+    total = time.monotonic() - start
     reader.join()
     if process.returncode:
         sys.exit("".join([*said[-40:], f"{command} ended with {process.returncode}"]))
-    total, steps = time.monotonic() - start, [later - sooner for sooner, later in itertools.pairwise(times)]
+    steps = [later - sooner for sooner, later in itertools.pairwise(times)]
     step = statistics.median(steps) if steps else None
     return {"first": min(times, default=None), "step": step, "total": total, "memory": peak}
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # All benchmarks for a machine without a GPU, one after the other: bash benchmarks/run.sh [FOLDER for JSON]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source grpo_launcher/launch/environment.sh
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$here/grpo_launcher/launch/environment.sh"
+cd "$here"
 results=${1:-benchmarks/results}
 mkdir -p "$results"
 run() {

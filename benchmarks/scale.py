@@ -15,7 +15,7 @@ from common import SHAPES, make_model, parser, run_ranks, show, status, table_se
 SIZES = ("1 M", "8 M", "32 M", "135 M")
 GROWTH = {  # what grows: (model, completions of a rank's step, tokens of a completion)
     "model": [(size, 8, 32) for size in SIZES],
-    "batch": [("8 M", batch, 32) for batch in (4, 8, 16, 32)],
+    "batch": [("8 M", batch, 32) for batch in (4, 8, 16)],
     "completion": [("8 M", 8, tokens) for tokens in (32, 64, 128, 256)],
 }
 

@@ -110,10 +110,10 @@ def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_o
             try:
                 texts = tokenizer.apply_chat_template(texts, **options)
             except (TemplateError, TypeError) as error:
-                problem = f"its chat template refuses prompt {start + 1} or a later one: {first_line(error)}"
+                problem = f"its chat template refuses a prompt: {first_line(error)}"
                 fix = "a system text can stand before the user's: process_dataset.py --system_in_user writes it there"
                 raise UserError(tokenizer.name_or_path, problem, fix) from error
-        if tokenizer.is_fast:  # without the tokens themselves it takes half the time
+        if getattr(tokenizer, "is_fast", False):  # without the tokens themselves it takes half the time
             backend = tokenizer.backend_tokenizer
             backend.no_truncation()
             backend.no_padding()

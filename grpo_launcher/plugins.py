@@ -181,15 +181,18 @@ def _with_checked_scores(function: Callable, options: dict, timeout: float) -> C
     the service cannot be had. It is called once before a run. An attribute `check_gold` is kept: a function of one
     value of the column that the reward needs, which raises ValueError where it cannot be used, and takes None.
     """
+    home = os.getcwd()  # the run's folder is relative to it, whatever the function does
 
     @functools.wraps(function)
     def reward(completions, **columns):
         try:
-            with contextlib.chdir("."), _time_limit(timeout):  # the run's folder is relative to where it began
+            with _time_limit(timeout):
                 scores = function(completions=completions, **options, **columns)
+                return check_scores(scores, completions, function.__name__)
         except _OutOfTime:
             return _unrated(function.__name__, completions, timeout)
-        return check_scores(scores, completions, function.__name__)
+        finally:
+            os.chdir(home)
 
     bound = AsyncReward(function, options, timeout) if inspect.iscoroutinefunction(function) else reward
     if hasattr(function, "ready"):
@@ -202,28 +205,29 @@ class AsyncReward:
 
     def __init__(self, function: Callable, options: dict, timeout: float):
         functools.update_wrapper(self, function)
-        self._options, self._timeout, self._started = options, timeout, None
+        self._options, self._timeout, self._started, self._home = options, timeout, None, os.getcwd()
 
-    def start(self, loop: asyncio.AbstractEventLoop, **columns) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop, /, **columns) -> None:
         """Begin to score in the event loop of another thread."""
         self._started = asyncio.run_coroutine_threadsafe(self._scores(**columns), loop)
 
-    async def __call__(self, **columns) -> list[float | None]:
+    async def __call__(self, /, **columns) -> list[float | None]:
         """Return the scores of what was started, else of these columns."""
         started, self._started = self._started, None
         return await (asyncio.wrap_future(started) if started else self._scores(**columns))
 
-    async def _scores(self, completions, **columns) -> list[float | None]:
+    async def _scores(self, /, completions, **columns) -> list[float | None]:
         name = self.__name__
         try:
-            with contextlib.chdir("."):
-                async with asyncio.timeout(self._timeout or None) as limit:
-                    scores = await self.__wrapped__(completions=completions, **self._options, **columns)
+            async with asyncio.timeout(self._timeout or None) as limit:
+                scores = await self.__wrapped__(completions=completions, **self._options, **columns)
+                return check_scores(scores, completions, name)
         except TimeoutError:
             if not limit.expired():
                 raise
             return _unrated(name, completions, self._timeout)
-        return check_scores(scores, completions, name)
+        finally:
+            os.chdir(self._home)
 
 
 class _OutOfTime(BaseException):
@@ -232,24 +236,37 @@ class _OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def _time_limit(seconds: float):
-    """Raise _OutOfTime in the block after so many seconds. Only the main thread gets signals, and so has a limit."""
-    if not seconds or threading.current_thread() is not threading.main_thread():
+    """Raise _OutOfTime in the block after so many seconds. Only the main thread gets signals, and so has a limit.
+
+    A thread sends the signal: a reward may use the one alarm that a process has, as math-verify does.
+    """
+    main = threading.main_thread()
+    if not seconds or threading.current_thread() is not main:
         yield
         return
+    ended = threading.Event()
 
     def stop(*_):
-        raise _OutOfTime
+        if not ended.is_set():
+            raise _OutOfTime
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # each further second too, where a bare `except:` took it
+    def watch():
+        wait = seconds
+        while not ended.wait(wait):
+            signal.pthread_kill(main.ident, signal.SIGVTALRM)
+            wait = 1  # again, where a bare `except:` took it
+
+    before, watcher = signal.signal(signal.SIGVTALRM, stop), threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # the alarm may come in the lines above
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+            ended.set()
+    finally:  # the signal may come in the lines above
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _unrated(name: str, completions: list, timeout: float) -> list[None]:

@@ -413,7 +413,9 @@ class EpochSampler(RepeatSampler):
     def __iter__(self):
         if self.shuffle:
             self.generator.manual_seed(self.seed)
-            for _ in range(int(self.trainer.state.epoch or 0)):
+            batches = len(self.trainer.callback_handler.train_dataloader)
+            steps_an_epoch = max(1, -(-batches // self.trainer.args.gradient_accumulation_steps))
+            for _ in range(self.trainer.state.global_step // steps_an_epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -86,7 +87,9 @@ async def judge_reward(
     try:
         async with _client(base_url, timeout, retries) as client:
             await asyncio.gather(*map(rate, new))
-    except asyncio.CancelledError:  # the ratings that are there count
+    except asyncio.CancelledError:
+        if threading.current_thread() is threading.main_thread():
+            raise  # Ctrl-C of a command. A run calls async rewards in another thread, and only cancels late ones
         errors.append(TimeoutError("all requests together took longer than reward_timeout"))
     for oldest in list(_cache)[:-CACHE_SIZE]:
         del _cache[oldest]

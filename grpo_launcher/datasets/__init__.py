@@ -203,18 +203,20 @@ def _write(split: str, raw, request: Request, tokenizer, path: Path) -> dict:
     for name, kind in (spec.columns | {"prompt_tokens": "int64", "prompt_tokenizer": "string"}).items():
         types[name] = List(Value(*kind)) if isinstance(kind, list) else Value(kind)
     schema = Features(types).arrow_schema
-    first, lengths, left_out = None, [], Counter()
+    kept, lengths, left_out, first = [], [], Counter(), None
     with ParquetWriter(path, schema) as writer, tqdm(total=len(raw), desc=f"reading {split}", delay=2) as bar:
-        for batch in raw.iter(BATCH):
+        for number, batch in enumerate(raw.iter(BATCH), 1):
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             bar.update(len(rows))
-            kept = [row | {"prompt_tokenizer": mark} for row in _prepare(rows, spec, request, tokenizer, left_out)]
-            for row in kept[:1]:
-                if set(row) != set(schema.names):
-                    raise TypeError(f"{request.name}: to_row gives {', '.join(row)}, and columns says {schema.names}")
-                first = first or row
-            writer.write_table(pyarrow.Table.from_pylist(kept, schema))
-            lengths += [row["prompt_tokens"] for row in kept]
+            kept += [row | {"prompt_tokenizer": mark} for row in _prepare(rows, spec, request, tokenizer, left_out)]
+            is_last = number * BATCH >= len(raw)
+            if len(kept) >= BATCH or (kept and is_last):  # readers take such a group at once, and none that is empty
+                first = first or kept[0]
+                if set(first) != set(schema.names):
+                    raise TypeError(f"{request.name}: a row has {', '.join(first)}; DATASET says {schema.names}")
+                writer.write_table(pyarrow.Table.from_pylist(kept, schema))
+                lengths += [row["prompt_tokens"] for row in kept]
+                kept = []
     if cut := left_out.pop(CUT, 0):
         print(f"{split}: {cut} prompts over {request.max_prompt_length} tokens lose their end")
     print(f"{split}: {len(lengths)} of {len(raw)} rows kept")

@@ -119,6 +119,15 @@ def test_rows_left_out_are_counted_by_cause(prepare, tmp_path):
         assert line in printed, printed
 
 
+def test_a_thousand_bad_rows_before_a_good_one_leave_a_file_that_can_be_read(prepare, tmp_path):
+    """Rows are read by the thousand."""
+    empty = {"prompt": "TL;DR:", "completion": "a"}
+    write_splits(tmp_path / "raw", train=[empty] * 1000 + [POST] * 1200, test=[POST])
+    assert "train: 1200 of 2200 rows kept" in prepare("tldr", "--source", "raw")
+    rows = load_dataset("data/tldr")["train"]
+    assert len(rows) == 1200 and rows[-1]["reference"] == "Rain."
+
+
 def test_an_output_is_replaced_only_where_that_is_asked_for(prepare, tmp_path):
     """And then as a whole."""
     write_lines(tmp_path / "raw.jsonl", [POST] * 20)

@@ -322,7 +322,14 @@ def test_a_module_or_reward_that_changes_the_working_directory_harms_nothing(tmp
 
 
 SLOW = """
-import asyncio, time
+import asyncio, signal, time
+def has_an_alarm(completions, **columns):
+    signal.alarm(30)
+    signal.alarm(0)
+    while True:
+        pass
+def is_lazy(completions, **columns):
+    return map(time.sleep, [60, 60])
 def sleeps(completions, **columns):
     time.sleep(60)
 def loops(completions, **columns):
@@ -348,17 +355,23 @@ start = time.monotonic()
 """
 
 
-@pytest.mark.parametrize("name", ["sleeps", "loops", "resists", "waits"])
+@pytest.mark.parametrize("name", ["sleeps", "loops", "resists", "has_an_alarm", "is_lazy", "waits"])
 def test_a_reward_that_hangs_rates_nothing_within_its_time(name, tmp_path, capsys):
     """Ranks wait for each other: without a limit one reward would hold them all."""
     (tmp_path / "slow.py").write_text(SLOW)
-    handler = signal.getsignal(signal.SIGALRM)
+    handler = signal.getsignal(signal.SIGVTALRM)
     slow, quick = load_rewards([f"{tmp_path}/slow.py:{name}", f"{tmp_path}/slow.py:quick"], timeout=0.2)
     scores = slow(completions=["a", "b"])
     assert (asyncio.run(scores) if name == "waits" else scores) == [None, None]
     assert f"Warning: {name} took over 0.2 s" in (printed := capsys.readouterr().out) and "reward_timeout" in printed
     assert quick(completions=["a"]) == [1.0]
-    assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGVTALRM) == handler
+
+
+def test_columns_of_any_name_reach_an_async_reward(tmp_path):
+    (tmp_path / "own.py").write_text("async def f(completions, self, loop, **columns):\n    return [float(self[0])]")
+    (reward,) = load_rewards([f"{tmp_path}/own.py:f"])
+    assert asyncio.run(reward(completions=["a"], self=["2"], loop=["3"])) == [2.0]
 
 
 def test_a_timeout_of_the_rewards_own_ends_the_run(tmp_path):
