@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import pandas
 import psutil
 import yaml
-from helpers import ROOT
+from helpers import write_accelerate_config
 
+from grpo_launcher.launch.hardware import free_ports
 from grpo_launcher.slow_imports import skip_deepspeed_ops, skip_vllm
 
 SHAPES = {  # layers, width, width of the MLP, heads, key-value heads, vocabulary
@@ -31,6 +32,17 @@ SHAPES = {  # layers, width, width of the MLP, heads, key-value heads, vocabular
     "1.5 B": (28, 1536, 8960, 12, 2, 151_936),  # Qwen2.5-1.5B's
 }
 GIB = 2**30
+RECIPE = {  # the part that every timed run has, ours and TRL's
+    "reward_funcs": ["rewards.length.length_reward"],
+    "num_generations": 8,
+    "logging_steps": 1,
+    "log_completions": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+OWN_STEP, STOCK_STEP = r"^step +\d+/", r"'step_time'"  # the line of a step, of this project and of TRL
+TRL = str(Path(sys.executable).with_name("trl"))
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -81,13 +93,34 @@ def table_server():
     return table_server
 
 
-def machine_config(folder: Path, ranks: int) -> Path:
-    """Write accelerate's file for ZeRO-3 on the CPU."""
-    machine = yaml.safe_load((ROOT / "zero3.yaml").read_text())
-    machine |= {"use_cpu": True, "mixed_precision": "no", "num_processes": ranks, "main_process_port": 0}
-    path = folder / "machine.yaml"
-    path.write_text(yaml.safe_dump(machine))
+def write_recipe(folder: Path, shape: str, prompts: list[str], **fields) -> Path:
+    """Write a model, rows, and the recipe that names them."""
+    from datasets import Dataset
+
+    make_model(folder / "model", shape)
+    (folder / "rows").mkdir()
+    rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
+    Dataset.from_list(rows).to_parquet(folder / "rows/train.parquet")
+    recipe = RECIPE | fields | {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "rows")}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+@contextlib.contextmanager
+def vllm_server(model: str, flags: list[str], environment: dict[str, str]):
+    """Start a vLLM server that gets its weights as files. Yields its address."""
+    (port,) = free_ports(1)
+    serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
+    serve += ["--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
+    serve += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    serve += ["--worker-extension-cls", "grpo_launcher.weight_sync_worker.DiskSyncWorker"]
+    environment = environment | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with subprocess.Popen(serve, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
 
 
 def cpu_environment() -> dict[str, str]:
@@ -95,10 +128,17 @@ def cpu_environment() -> dict[str, str]:
     return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+def ranks_command(script: str, folder: Path, *arguments: str) -> list[str]:
+    """Return the command that runs a script as two ZeRO-3 ranks on the CPU, with `--rank` before the arguments."""
+    config = folder / "machine.yaml"
+    write_accelerate_config(config, "zero3", 2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launch, script, "--rank", *arguments]
+
+
 def run_ranks(script: str, folder: Path, *arguments: str) -> None:
-    """Run a script as two ZeRO-3 ranks on the CPU, with `--rank` before the arguments."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(machine_config(folder, 2))]
-    command += [script, "--rank", *arguments]
+    """Run a script as two ranks, and end the benchmark with what they said where they fail."""
+    command = ranks_command(script, folder, *arguments)
     done = subprocess.run(command, env=cpu_environment(), capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])

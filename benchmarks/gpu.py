@@ -9,67 +9,19 @@ the last three run on the CPU, to see that they work: `--shapes "1 M"`.
 import contextlib
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
-import yaml
-from common import ROOT, SHAPES, make_model, parser, show, watch
+from common import OWN_STEP, SHAPES, STOCK_STEP, TRL, parser, show, vllm_server, watch, write_recipe
+from helpers import ROOT
 
-from grpo_launcher.launch.hardware import find_gpus, free_ports
+from grpo_launcher.launch.hardware import find_gpus
 
 TOKENS, BATCH = 256, 32  # of a completion; completions of a step of one GPU
-RECIPE = {
-    "reward_funcs": ["rewards.length.length_reward"],
-    "per_device_train_batch_size": BATCH,
-    "num_generations": 8,
-    "max_completion_length": TOKENS,
-    "learning_rate": 1e-6,
-    "logging_steps": 1,
-    "log_completions": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-}
-OWN_STEP, STOCK_STEP = r"^step +\d+/", r"'step_time'"
-SHARED = 0.35  # of the GPU's memory, for a server beside the trainer
-
-
-def prepare(folder: Path, shape: str, steps: int) -> Path:
-    """Write model, rows of some 200 tokens, and the recipe."""
-    from datasets import Dataset
-
-    make_model(folder / "model", shape)
-    rows = [
-        {"prompt": [{"role": "user", "content": f"What of the cat number {n}? " + "It waits. " * 30}]}
-        for n in range(256)
-    ]
-    (folder / "rows").mkdir()
-    Dataset.from_list(rows).to_parquet(folder / "rows/train.parquet")
-    recipe = RECIPE | {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "rows")}
-    if not find_gpus():
-        recipe |= {"use_cpu": True, "bf16": False}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe | {"max_steps": steps}))
-    return path
-
-
-@contextlib.contextmanager
-def server_beside(model: str):
-    """Start a vLLM server on the trainer's GPU. Yields its address."""
-    (port,) = free_ports(1)
-    serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
-    serve += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--max-model-len", "1024"]
-    serve += ["--gpu-memory-utilization", str(SHARED), "--generation-config", "vllm"]
-    serve += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-    serve += ["--worker-extension-cls", "grpo_launcher.weight_sync_worker.DiskSyncWorker"]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with subprocess.Popen(serve, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
+FIELDS = {"per_device_train_batch_size": BATCH, "max_completion_length": TOKENS, "learning_rate": 1e-6}
+PROMPTS = [f"What of the cat number {number}? " + "It waits. " * 30 for number in range(256)]  # some 200 tokens
+SHARED = ["--gpu-memory-utilization", "0.35", "--dtype", "bfloat16", "--max-model-len", "1024"]
 
 
 @contextlib.contextmanager
@@ -102,10 +54,10 @@ def measure(way: str, recipe: Path) -> dict:
     with contextlib.ExitStack() as stack:
         memory = stack.enter_context(gpu_memory())
         if way == "trl grpo":
-            command = [str(Path(sys.executable).with_name("trl")), "grpo", "--config", str(recipe)]
-            command, pattern = [*command, "--output_dir", str(folder)], STOCK_STEP
+            command = [TRL, "grpo", "--config", str(recipe), "--output_dir", str(folder)]
+            pattern = STOCK_STEP
         elif way == "server beside":
-            url = stack.enter_context(server_beside(str(recipe.parent / "model")))
+            url = stack.enter_context(vllm_server(str(recipe.parent / "model"), SHARED, os.environ.copy()))
             command, pattern = [*own, "--vllm_server_base_url", url, "--sync", "disk"], OWN_STEP
         else:
             command, pattern = [*own, *flags[way]], OWN_STEP
@@ -138,7 +90,8 @@ def main() -> None:
     rows = []
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as name:
-            recipe = prepare(Path(name), shape, args.steps)
+            here = {} if gpus else {"use_cpu": True, "bf16": False}
+            recipe = write_recipe(Path(name), shape, PROMPTS, **FIELDS, **here, max_steps=args.steps)
             for way in args.ways:
                 rows.append({"model": shape, "way": way} | measure(way, recipe))
                 print(rows[-1], flush=True)

@@ -7,7 +7,6 @@ competes for the processor. With overlap a step should take as long as the longe
 
 import contextlib
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -18,8 +17,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import psutil
-from common import parser, show, table_server, watch
-from helpers import ROOT
+from common import OWN_STEP, parser, show, table_server, watch
+from helpers import ROOT, read_metrics
 from tiny_models import make_model
 from transformers import TrainerCallback
 
@@ -59,11 +58,11 @@ def quickstart(folder: Path, overlap: bool) -> dict:
     pin = threading.Thread(target=_pin_to_cores, args=(done,))
     pin.start()
     try:
-        step = watch([*command, "--output_dir", str(folder)], r"^step +\d+/", cwd=ROOT)["step"]
+        step = watch([*command, "--output_dir", str(folder)], OWN_STEP, cwd=ROOT)["step"]
     finally:
         done.set()
         pin.join()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     names = ("overlap/trainer_waited_seconds", "overlap/server_idle_seconds")
     medians = {name: statistics.median(line[name] for line in lines if name in line) for name in names if overlap}
     return {"overlap": overlap, "a step, s": step} | medians

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, parser, show, watch
-from helpers import TEST_DATA
+from common import parser, show, watch
+from helpers import ROOT, TEST_DATA
 
 ROWS = 116_722  # of trl-lib/tldr's training split
 LIMIT = 768

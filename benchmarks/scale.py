@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from common import SHAPES, make_model, parser, run_ranks, show, status, table_server
+from helpers import read_metrics
 
 SIZES = ("1 M", "8 M", "32 M", "135 M")
 GROWTH = {  # what grows: (model, completions of a rank's step, tokens of a completion)
@@ -26,8 +27,7 @@ def rank(model: str, folder: str, url: str, batch: str, tokens: str) -> None:
     flags = ["--per_device_train_batch_size", batch, "--per_device_eval_batch_size", batch, "--max_steps", "3"]
     flags += ["--max_completion_length", tokens, "--gradient_checkpointing", "false"]
     table.train_beside(table.TableServer.at(url), Path(model), Path(folder), *flags)
-    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    steps = [line["step_time"] for line in map(json.loads, lines) if "step_time" in line]
+    steps = [line["step_time"] for line in read_metrics(Path(folder)) if "step_time" in line]
     (Path(folder) / f"memory-{status('VmHWM'):.3f}").touch()
     Path(folder, "seconds.json").write_text(json.dumps(min(steps[1:])), encoding="utf-8")
 

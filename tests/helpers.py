@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from grpo_launcher import runs
 from grpo_launcher.launch.supervise import supervise
@@ -52,6 +53,13 @@ def marked(mark: str) -> list[psutil.Process]:
 def read_metrics(folder: Path) -> list[dict]:
     """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_accelerate_config(path: Path, parallel: str, ranks: int) -> None:
+    """Write accelerate's file for ranks on the CPU: zero3.yaml or ddp.yaml of this project, filled in."""
+    config = yaml.safe_load((ROOT / f"{parallel}.yaml").read_text())
+    config |= {"use_cpu": True, "mixed_precision": "no", "num_processes": ranks, "main_process_port": 0}
+    path.write_text(yaml.safe_dump(config))
 
 
 def means(lines: list[dict], name: str, first: int = 3, last: int = 5) -> tuple[float, float]:

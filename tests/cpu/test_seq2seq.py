@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, read_metrics, run_python
+from helpers import ROOT, read_metrics, run_python, write_accelerate_config
 from tiny_models import make_encoder_model
 
 ROWS = [
@@ -47,9 +47,7 @@ def first_step(home: Path, ranks: int) -> dict:
     script += ["--model_name_or_path", "t5", "--output_dir", name, "--max_steps", "1"]
     script += ["--per_device_train_batch_size", str(16 // ranks)]
     if ranks > 1:
-        machine = yaml.safe_load((ROOT / "zero3.yaml").read_text())
-        machine |= {"use_cpu": True, "mixed_precision": "no", "num_processes": ranks, "main_process_port": 0}
-        (home / f"{name}.yaml").write_text(yaml.safe_dump(machine))
+        write_accelerate_config(home / f"{name}.yaml", "zero3", ranks)
         script = ["-m", "accelerate.commands.launch", "--config_file", f"{name}.yaml", *script]
     run_python(*script, cwd=home, DS_ACCELERATOR="cpu")
     assert (home / name / "final-checkpoint/README.md").exists()

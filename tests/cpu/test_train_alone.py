@@ -2,8 +2,7 @@
 
 import json
 
-import yaml
-from helpers import ROOT, means, read_metrics, run_python, test_data
+from helpers import ROOT, means, read_metrics, run_python, test_data, write_accelerate_config
 
 TRAIN, QUICKSTART = ROOT / "train.py", ROOT / "configs/quickstart.yaml"
 ONE_THREAD = {"OMP_NUM_THREADS": 1}
@@ -36,9 +35,7 @@ def test_a_real_pretrained_model_learns(tmp_path):
 
 def test_a_guard_stops_ranks_under_accelerate_launch(workplace):
     """Two DDP ranks without the launcher. A learning rate far too high ends the run with another status than 0."""
-    machine = yaml.safe_load((ROOT / "ddp.yaml").read_text())
-    machine |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2, "main_process_port": 0}
-    (workplace / "machine.yaml").write_text(yaml.safe_dump(machine))
+    write_accelerate_config(workplace / "machine.yaml", "ddp", 2)
     command = ["-m", "accelerate.commands.launch", "--config_file", "machine.yaml", TRAIN, "--config", QUICKSTART]
     command += ["--learning_rate", "5e-2", "--max_steps", "40", "--save_steps", "1", "--sample_every", "0"]
     command += ["--per_device_train_batch_size", "8", "--max_completion_length", "32"]
