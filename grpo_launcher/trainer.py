@@ -220,19 +220,22 @@ class Trainer(GRPOTrainer):
         GRPOTrainer._calculate_rewards starts them only when the completions are scored, and waits.
         """
         generated = super()._generate(prompts)
+        rewards = [reward for reward in self.reward_funcs if isinstance(reward, AsyncReward)]
+        if not rewards:
+            return generated
         names = [name for name in self._inputs[0] if name not in DROPPED_COLUMNS]
         columns = {name: [row[name] for row in self._inputs] for name in names}
         columns |= {
+            "trainer_state": self.state,
             "log_extra": self._log_completion_extra,
             "log_metric": self._log_metric,
-            "trainer_state": self.state,
         }
         if self.environments is not None:
             columns["environments"] = self.environments
         columns |= {"prompts": prompts, "completion_ids": generated[1], "completions": generated[3]}
-        for reward in self.reward_funcs:
-            if isinstance(reward, AsyncReward):
-                reward.start(self.async_loop, **columns)
+        columns["trainer_state"] = self.state
+        for reward in rewards:
+            reward.start(self.async_loop, **columns)
         return generated
 
     # Order of the data

@@ -5,6 +5,7 @@ A new dataset is a new module here with a function `to_row` and one `DATASET = D
 """
 
 import importlib
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -84,14 +85,19 @@ def chat_prompt(system: str, user: str) -> list[dict]:
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Yield an empty folder, which becomes `output` once the block has ended without an error."""
+    is_new = not output.parent.exists()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        draft = Path(temporary) / "new"
-        draft.mkdir()
-        yield draft
-        if output.exists():
-            output.rename(Path(temporary) / "old")
-        draft.rename(output)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+            draft = Path(temporary) / "new"
+            draft.mkdir()
+            yield draft
+            if output.exists():
+                output.rename(Path(temporary) / "old")
+            draft.rename(output)
+    finally:
+        if is_new and not any(output.parent.iterdir()):
+            output.parent.rmdir()
 
 
 def read_source(request: Request) -> dict:
@@ -190,7 +196,6 @@ def _write(split: str, raw, request: Request, tokenizer, path: Path) -> dict:
     import pyarrow
     from datasets import Features, List, Value
     from pyarrow.parquet import ParquetWriter
-    from tqdm import tqdm
 
     from grpo_launcher.data import tokenizer_mark
 
@@ -203,20 +208,16 @@ def _write(split: str, raw, request: Request, tokenizer, path: Path) -> dict:
     for name, kind in (spec.columns | {"prompt_tokens": "int64", "prompt_tokenizer": "string"}).items():
         types[name] = List(Value(*kind)) if isinstance(kind, list) else Value(kind)
     schema = Features(types).arrow_schema
-    kept, lengths, left_out, first = [], [], Counter(), None
-    with ParquetWriter(path, schema) as writer, tqdm(total=len(raw), desc=f"reading {split}", delay=2) as bar:
-        for number, batch in enumerate(raw.iter(BATCH), 1):
-            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            bar.update(len(rows))
-            kept += [row | {"prompt_tokenizer": mark} for row in _prepare(rows, spec, request, tokenizer, left_out)]
-            is_last = number * BATCH >= len(raw)
-            if len(kept) >= BATCH or (kept and is_last):  # readers take such a group at once, and none that is empty
-                first = first or kept[0]
-                if set(first) != set(schema.names):
-                    raise TypeError(f"{request.name}: a row has {', '.join(first)}; DATASET says {schema.names}")
-                writer.write_table(pyarrow.Table.from_pylist(kept, schema))
-                lengths += [row["prompt_tokens"] for row in kept]
-                kept = []
+    left_out, lengths, first = Counter(), [], None
+    prepared = (_prepare(rows, spec, request, tokenizer, left_out) for rows in _batches(split, raw))
+    kept = (row | {"prompt_tokenizer": mark} for row in itertools.chain.from_iterable(prepared))
+    with ParquetWriter(path, schema) as writer:
+        while group := list(itertools.islice(kept, BATCH)):  # readers take it at once, and none that is empty
+            first = first or group[0]
+            if set(first) != set(schema.names):
+                raise TypeError(f"{request.name}: a row has {', '.join(first)}; DATASET says {schema.names}")
+            writer.write_table(pyarrow.Table.from_pylist(group, schema))
+            lengths += [row["prompt_tokens"] for row in group]
     if cut := left_out.pop(CUT, 0):
         print(f"{split}: {cut} prompts over {request.max_prompt_length} tokens lose their end")
     print(f"{split}: {len(lengths)} of {len(raw)} rows kept")
@@ -228,6 +229,17 @@ def _write(split: str, raw, request: Request, tokenizer, path: Path) -> dict:
     median, high, longest = numpy.percentile(lengths, [50, 95, 100])
     print(f"  prompt tokens: median {median:.0f}, 95th percentile {high:.0f}, longest {longest:.0f}")
     return first
+
+
+def _batches(split: str, raw) -> Iterator[list[dict]]:
+    """Yield the raw rows of a split, BATCH at a time."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(raw), desc=f"reading {split}", unit="row", delay=2) as bar:
+        for batch in raw.iter(BATCH):
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            bar.update(len(rows))
+            yield rows
 
 
 def _prepare(raw_rows: list[dict], spec: DatasetSpec, request: Request, tokenizer, left_out: Counter) -> list[dict]:

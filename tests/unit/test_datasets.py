@@ -191,7 +191,7 @@ def test_a_template_without_system_role_gets_the_system_text_before_the_users(pr
     options = ["--source", "raw.jsonl", "--tokenizer", "strict"]
     problem = prepare("tldr", *options, status=2)
     assert "error: strict: " in problem and "System role not supported" in problem
-    assert "--system_in_user" in problem and not (tmp_path / "data/tldr").exists()
+    assert "--system_in_user" in problem and not (tmp_path / "data").exists()
     prepare("tldr", *options, "--system_in_user")
     (message,) = load_dataset("data/tldr")["train"][0]["prompt"]
     assert message == {"role": "user", "content": f"{tldr.SYSTEM}\n\nSUBREDDIT: r/a\n\nTITLE: b\n\nPOST: It rained."}
