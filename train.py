@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
     skip_deepspeed_ops()
     from grpo_launcher import plugins
-    from grpo_launcher.callbacks import Guards, RunLog, guard_limits
+    from grpo_launcher.callbacks import EndOnRequest, Guards, RunLog, guard_limits
     from grpo_launcher.config import build_dataclasses, sends_files
     from grpo_launcher.data import load_for_training, load_tokenizer
     from grpo_launcher.layout import server_dtype
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
         rewards = plugins.load_rewards(recipe.reward_funcs, recipe.reward_kwargs, timeout=recipe.reward_timeout)
     limits = guard_limits(recipe.guards, run.values["beta"], server_dtype(run.values) != "float32")
     guards = Guards(run.folder, limits, metric="loss" if is_sft else "reward")
+    end_on_request = EndOnRequest(run.folder)
     trainer = build_trainer(
         recipe,
         args,
@@ -65,26 +66,26 @@ def main(argv: list[str]) -> int:
         reward_funcs=rewards,
         tools=tools,
         environment_factory=environment,
-        callbacks=[RunLog(run.folder, is_sft=is_sft), guards],
+        callbacks=[end_on_request, RunLog(run.folder, is_sft=is_sft), guards],
         longest_prompt=run.longest_prompt or run.max_prompt,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    save(trainer, run, guards.stopped)
+    save(trainer, run, is_whole=not guards.stopped and not end_on_request.has_ended)
     return EXIT_GUARD if guards.stopped else 0
 
 
-def save(trainer, run: Run, stopped: str | None) -> None:
-    """Save the final checkpoint, unless a guard stopped the run, and draw the curves.
+def save(trainer, run: Run, is_whole: bool) -> None:
+    """Save the final checkpoint of a run that came to its end, and draw the curves.
 
     Args:
         trainer: after the training.
         run: the run.
-        stopped: the message of the guard that stopped it, the same on all ranks.
+        is_whole: whether it came to its end, the same on all ranks.
     """
     from grpo_launcher.callbacks import print_summary
     from grpo_launcher.report import plot_run
 
-    if not stopped:
+    if is_whole:
         trainer.args.output_dir = str(run.folder / FINAL)  # TRL pushes this folder, and not the run's logs and paths
         trainer.save_model()
         trainer.create_model_card()
@@ -93,7 +94,7 @@ def save(trainer, run: Run, stopped: str | None) -> None:
         plot_run(run.folder)
         print_summary(run.folder)
         print(f"A rank held up to {peak:.1f} GiB.{run.memory_plan}")
-        if not stopped:
+        if is_whole:
             print(f"Saved {run.folder / FINAL}", flush=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

@@ -9,15 +9,27 @@ import time
 from pathlib import Path
 
 import pandas
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from grpo_launcher import overlap
 from grpo_launcher.errors import UserError, did_you_mean
 from grpo_launcher.messages import last_reply, last_user_text, transcript
-from grpo_launcher.runs import BEST, METRICS, STOPPED, checkpoints, point, read_metrics, report_progress
+from grpo_launcher.runs import (
+    BEST,
+    END_REQUEST,
+    METRICS,
+    STOPPED,
+    checkpoints,
+    point,
+    read_metrics,
+    report_progress,
+    write_whole,
+)
 
 console = Console(highlight=False)
 
@@ -59,13 +71,14 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [line for line in read_metrics(self.folder) if line["step"] <= state.global_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        (self.folder / METRICS).write_text(text, encoding="utf-8")
+        write_whole(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self.start_time, self.start_step = time.monotonic(), state.global_step
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Count the micro-batches of a step."""
         self.micro_batch = 1
+        if state.is_world_process_zero:
+            report_progress(self.folder, f"step {state.global_step + 1}: training")
 
     def on_substep_end(self, args, state, control, **kwargs):
         """Say which micro-batch is trained."""
@@ -104,6 +117,45 @@ class RunLog(TrainerCallback):
         left = datetime.timedelta(seconds=round((state.max_steps - state.global_step) * seconds_per_step))
         width = len(str(state.max_steps))
         return f"step {state.global_step:>{width}}/{state.max_steps}  {figures}  {left} left"
+
+
+class EndOnRequest(TrainerCallback):
+    """Save a checkpoint and end at the end of a step where the launcher asks for it, on all ranks after the same step.
+
+    Args:
+        folder: the run's folder.
+
+    Attributes:
+        has_ended: whether it did.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.has_ended = folder, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Forget a request that an earlier run has left."""
+        if state.is_world_process_zero:
+            (self.folder / END_REQUEST).unlink(missing_ok=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Look for the request. A run that is at its end goes on to it."""
+        is_asked = [(self.folder / END_REQUEST).exists()]
+        broadcast_object_list(is_asked)
+        saves_by_evaluation = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
+        if is_asked[0] and state.global_step < state.max_steps and not saves_by_evaluation:
+            self.has_ended = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        """Tell the launcher, and keep this checkpoint: at a run's end transformers may keep the best one alone."""
+        if self.has_ended:
+            args.save_total_limit, args.load_best_model_at_end = None, False
+            if state.is_world_process_zero:
+                (self.folder / END_REQUEST).unlink()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Do nothing more: transformers ends the epoch too, in the middle of it."""
+        if self.has_ended:
+            control.should_save = control.should_evaluate = control.should_log = False
 
 
 def _evaluation(logs: dict) -> str:
@@ -231,7 +283,10 @@ class Guards(TrainerCallback):
         self.stopped = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Forget the stop of a run that is resumed."""
+        """Go on with the counts of a run that is resumed, and forget its stop."""
+        for line in read_metrics(self.folder):
+            if line["step"] <= state.global_step and self.metric in line:
+                self.warned |= set(self._exceeded(line))
         if state.is_world_process_zero:
             (self.folder / STOPPED).unlink(missing_ok=True)
 
@@ -240,12 +295,7 @@ class Guards(TrainerCallback):
         if self.metric not in logs or "train_runtime" in logs or self.stopped:
             return
         reasons = _not_finite(logs)
-        for name, limit in self.limits.items():
-            problem = _out_of_range(name, limit, logs)
-            self.steps_outside[name] = self.steps_outside[name] + 1 if problem else 0
-            if self.steps_outside[name] < limit["steps"]:
-                continue
-            message = f"{problem} for {limit['steps']} steps"
+        for name, message in self._exceeded(logs).items():
             if name in STOPPING:
                 reasons.append(message)
             elif name not in self.warned:
@@ -254,6 +304,16 @@ class Guards(TrainerCallback):
                     print(f"Warning: {message}. Fix: {ADVICE[name]}.", flush=True)
         if reasons:
             self._stop(args, state, control, logs, "; ".join(reasons))
+
+    def _exceeded(self, logs: dict) -> dict[str, str]:
+        """Count a training step. Returns what is out of range for long enough: metric -> message."""
+        messages = {}
+        for name, limit in self.limits.items():
+            problem = _out_of_range(name, limit, logs)
+            self.steps_outside[name] = self.steps_outside[name] + 1 if problem else 0
+            if self.steps_outside[name] >= limit["steps"]:
+                messages[name] = f"{problem} for {limit['steps']} steps"
+        return messages
 
     def _stop(self, args, state, control, logs: dict, why: str) -> None:
         control.should_training_stop = True

@@ -51,7 +51,8 @@ RANGES = {
         "temperature", "repetition_penalty", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"]),
     "at least 0": (lambda n: n >= 0, [
         "learning_rate", "beta", "epsilon", "epsilon_high", "weight_decay", "max_grad_norm", "warmup_steps",
-        "sample_every", "reward_timeout", "max_tool_calling_iterations", "vllm_server_timeout"]),
+        "sample_every", "reward_timeout", "max_server_restarts", "max_tool_calling_iterations",
+        "vllm_server_timeout"]),
     "more than 0 and at most 1": (lambda n: 0 < n <= 1, ["top_p", "vllm_gpu_memory_utilization"]),
     "from 0 to 1": (lambda n: 0 <= n <= 1, ["min_p", "top_entropy_quantile", "lora_dropout"]),
     "from 1 to 65535": (lambda n: 1 <= n <= 65535, ["vllm_server_port", "vllm_group_port"]),
@@ -97,6 +98,9 @@ class Recipe(ScriptArguments):
     )
     reward_timeout: float = field(
         default=60.0, **_help("Seconds for a call of a reward. What takes longer is not rated. 0: no limit.")
+    )
+    max_server_restarts: int = field(
+        default=3, **_help("How often a vLLM server that was lost is started again, where it gets weights as files.")
     )
     tools: list[str] | None = field(
         default=None, **_help("Tools that the model may call, named like rewards: grpo_launcher.tools.calculator.")

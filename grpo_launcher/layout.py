@@ -229,7 +229,7 @@ def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: st
     """Refuse what would have no effect where the launcher starts no server."""
     is_colocate = layout.use_vllm and layout.vllm_mode == "colocate"
     names = ["vllm_server_args"] if is_colocate else SERVER_FIELDS  # the others are settings of vLLM in the ranks too
-    names = [name for name in names if name in choice.given]
+    names = [name for name in (*names, "max_server_restarts") if name in choice.given]
     if options.colocate and not layout.use_vllm:
         names.append("--colocate")
     if (options.vllm_gpus or 1) > 1:
@@ -276,6 +276,11 @@ def _choose_weight_sync(choice: _Choice, layout: Layout, options: Options, param
         share = 2 * parameters / 2**30 / min(gpu.memory for gpu in gpus)
         sync = "adapter" if share > WHOLE_MODEL_SHARE else sync
     choice.filled["weight_sync"] = sync
+    if sync == "nccl" and layout.starts_server:
+        if values["max_server_restarts"] and "max_server_restarts" in choice.given:
+            problem = "it has no effect: with NCCL the ranks cannot connect to a new server"
+            choice.refuse("max_server_restarts", problem, "leave it out, or --sync disk")
+        choice.filled["max_server_restarts"] = 0
 
 
 def _why_no_adapter(values: dict) -> str:

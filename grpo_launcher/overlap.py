@@ -8,6 +8,8 @@ import time
 from concurrent.futures import Future
 from threading import Thread
 
+import requests
+
 LAG = "overlap/lag_steps"  # optimizer steps by which the weights that made a block are older than those it trains
 WAITED = "overlap/trainer_waited_seconds"  # for the completions of a block
 IDLE = "overlap/server_idle_seconds"  # before it was asked for the next block
@@ -18,13 +20,15 @@ class NextBlock:
 
     Args:
         client: TRL's VLLMClient, whose generate() is replaced; or None.
+        is_repeated: a request that found no server is repeated where its block is collected (recovery.py).
 
     Attributes:
         step: the trainer's optimizer step while it asks for a training block, else None.
     """
 
-    def __init__(self, client):
+    def __init__(self, client, is_repeated: bool = False):
         self.step: int | None = None
+        self._is_repeated, self._is_restored = is_repeated, False
         self._prompts, self._answer, self._made_by, self._options = None, None, 0, {}
         self._figures = {LAG: 0.0, WAITED: 0.0, IDLE: 0.0}
         self._idle_since = time.monotonic()
@@ -36,7 +40,9 @@ class NextBlock:
         start = time.monotonic()
         error = self._answer and self._answer.exception()
         self._figures[WAITED] += time.monotonic() - start
-        return f"the vLLM server gave no completions: {error}" if error else None
+        if not error or (self._is_repeated and isinstance(error, requests.RequestException)):
+            return None
+        return f"the vLLM server gave no completions: {error}"
 
     def request(self, prompts: list[list[int]]) -> None:
         """Ask for the next block in the background.
@@ -63,14 +69,29 @@ class NextBlock:
         if self.step is None:
             return self._ask(prompts=prompts, **options)
         self._options = options
+        if self._is_restored and self._prompts != prompts:
+            self._answer = None  # --force goes on with other prompts
         if self._answer is None:
             self.request(prompts)
             self.wait()
         elif self._prompts != prompts:
             raise RuntimeError("overlap: the prompts of this block are not those that were sent ahead")
+        self._is_restored = False
         self._figures[LAG] = self.step - self._made_by
         answer, self._answer = self._answer, None
         return answer.result()
+
+    def state(self) -> dict | None:
+        """Return the block ahead for a checkpoint, once it is there; None where none was asked for, or it failed."""
+        if self._answer is None or self._answer.exception():
+            return None
+        return {"prompts": self._prompts, "made_by": self._made_by, "answer": self._answer.result()}
+
+    def restore(self, state: dict) -> None:
+        """Take the block ahead from a checkpoint."""
+        self._prompts, self._made_by, self._answer = state["prompts"], state["made_by"], Future()
+        self._answer.set_result(state["answer"])
+        self._is_restored = True
 
     def figures(self) -> dict[str, float]:
         """Return lag and times of the block that was collected last."""

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -329,9 +330,13 @@ class _Check:
         for column in sorted(plugins.TRL_KEYWORDS & set(data.columns)) if values["method"] != "sft" else []:
             self.refuse("dataset_name", f"{name} has a column {column}, and TRL gives rewards its own", "rename it")
         try:
+            mark = 0
             for split, part in self.splits.items():
                 for number, prompt in enumerate(column_values(part, "prompt"), 1):
                     check_prompt(prompt, is_chat, f"{name}, split {split}, row {number}")
+                    if split == values["dataset_train_split"]:
+                        mark = zlib.crc32(repr(prompt).encode(), mark)
+            data.prompts_mark = None if values["dataset_streaming"] else mark
             self._prompts(name, rows[0], [row["prompt"] for row in rows])
             if self.tokenizer is not None and (not is_chat or self.tokenizer.chat_template):
                 lengths = [longest_prompt(part, self.tokenizer, **template_options) for part in self.splits.values()]

@@ -51,6 +51,7 @@ class DataInfo:
     longest_prompt: int | None = None  # tokens
     system_prompt: str | None = None  # or the text that every plain-text prompt begins with
     max_prompt: int | None = None  # tokens; longer prompts of a stream are left out
+    prompts_mark: int | None = None  # a checksum of the training split's, in their order
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Report:
     adapter: str | None = None  # to be merged into its base before the run
     torch: str = ""  # its version, what it is built for, and the GPUs that it sees
     rehearsal: "Report | None" = None  # where one was asked for
+    recipe_text: str = ""  # the recipe file as it stands; the launcher reads it
 
     @classmethod
     def from_dict(cls, content: dict) -> "Report":

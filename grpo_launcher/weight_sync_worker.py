@@ -4,7 +4,13 @@ import torch
 
 
 class DiskSyncWorker:
-    """A vLLM worker extension (`--worker-extension-cls`) with one method for `/collective_rpc`."""
+    """A vLLM worker extension (`--worker-extension-cls`) with two methods for `/collective_rpc`."""
+
+    pushed = ""
+
+    def last_push(self) -> str:
+        """Return the folder that its weights came from; "" for those of the base model."""
+        return self.pushed
 
     def load_weights_from(self, path: str) -> None:
         """Replace the model's weights by the safetensors files in the folder `path`.
@@ -19,3 +25,4 @@ class DiskSyncWorker:
 
             with torch.inference_mode():
                 dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+        self.pushed = path

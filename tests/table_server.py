@@ -4,7 +4,7 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,15 +14,16 @@ from trl.generation import vllm_generation
 
 from grpo_launcher.callbacks import RunLog
 from grpo_launcher.config import build_dataclasses, load_config
+from grpo_launcher.runs import last_checkpoint
 from grpo_launcher.trainer import build_trainer
 from grpo_launcher.weight_sync import DiskSyncClient
 
 ROWS = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"What of number {n}?"}] for n in range(8)]})
 
 
-def completion(prompt: list[int], index: int, length: int) -> list[int]:
-    """Return the table's tokens for a completion of a prompt, which no weights change."""
-    seed = zlib.crc32(str((prompt, index)).encode())
+def completion(prompt: list[int], index: int, length: int, weights: int = 0) -> list[int]:
+    """Return the table's tokens for a completion of a prompt."""
+    seed = zlib.crc32(str((prompt, index, weights)).encode())
     return [10 + (seed >> place) % 80 for place in range(length)]
 
 
@@ -33,15 +34,28 @@ class TableServer:
         delay: seconds that a generation takes.
         before: called with the number of a generation, from 0, before it is answered. A text that it returns is sent
             as the error of status 400.
+        by_weights: other weights give other completions.
+        deaths: numbers of the POST requests, from 0, at which the server dies. It comes back without any weights.
+        changes: numbers of those after which another server takes its place, without any weights.
 
     Attributes:
         version: how many times weights were pushed.
+        weights: a checksum of those that the server has, where completions depend on them, else 0.
         generations: for each request its prompts, the version of the weights, and when it came and was answered.
     """
 
-    def __init__(self, delay: float = 0.0, before: Callable[[int], str | None] = lambda number: None):
-        self.delay, self.before = delay, before
-        self.version, self.generations = 0, []
+    def __init__(
+        self,
+        delay: float = 0.0,
+        before: Callable[[int], str | None] = lambda number: None,
+        by_weights: bool = False,
+        deaths: Iterable[int] = (),
+        changes: Iterable[int] = (),
+    ):
+        self.delay, self.before, self.by_weights = delay, before, by_weights
+        self.deaths, self.changes = set(deaths), set(changes)
+        self.version, self.weights, self.generations = 0, 0, []
+        self.models, self.pushed, self.requests = {"table"}, "", 0
 
     def __enter__(self):
         table = self
@@ -52,11 +66,19 @@ class TableServer:
 
             def do_GET(self):
                 config = {"logprobs_mode": "processed_logprobs"}
-                self.send(200, {"data": [{"id": "table"}], "vllm_config": {"model_config": config}})
+                models = [{"id": name} for name in sorted(table.models, key=lambda name: name != "table")]
+                self.send(200, {"data": models, "vllm_config": {"model_config": config}})
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-                self.send(*table.respond(self.path, request))
+                number, table.requests = table.requests, table.requests + 1
+                answer = None if number in table.deaths else table.respond(self.path, request)
+                if number in table.deaths | table.changes:
+                    table.models, table.weights, table.pushed = {"table"}, 0, ""
+                if answer:
+                    self.send(*answer)
+                else:
+                    self.close_connection = True
 
             def send(self, status, body):
                 body = json.dumps(body).encode()
@@ -86,13 +108,27 @@ class TableServer:
 
     def respond(self, path: str, request: dict) -> tuple[int, dict]:
         """Return status and body of a POST."""
+        if request.get("method") == "last_push":
+            return 200, {"results": [self.pushed]}
         self.version += path in ("/collective_rpc", "/v1/load_lora_adapter")
+        if path == "/collective_rpc":
+            self.pushed = request["kwargs"]["path"]
+            if self.by_weights:
+                files = sorted(Path(self.pushed).iterdir())
+                self.weights = zlib.crc32(b"".join(file.read_bytes() for file in files))
+        if "lora_name" in request:
+            if ("unload" in path) != (request["lora_name"] in self.models):
+                return 404, {"error": "no such adapter, or twice the same"}
+            self.models ^= {request["lora_name"]}
         if path != "/v1/completions":
             return 200, {"success": True}
+        if request["model"] not in self.models:
+            return 404, {"error": f"no model {request['model']}"}
         if "seed" in request:  # the comparison after a push
             return 200, {"choices": self._choices(request)}
         number = len(self.generations)
         kept = {"prompts": request["prompt"], "version": self.version, "start": time.monotonic()}
+        kept["has_weights"] = bool(self.pushed) or len(self.models) > 1
         self.generations.append(kept)
         error = self.before(number)
         time.sleep(self.delay)
@@ -101,12 +137,11 @@ class TableServer:
             return 400, {"error": error}
         return 200, {"choices": self._choices(request)}
 
-    @staticmethod
-    def _choices(request: dict) -> list[dict]:
+    def _choices(self, request: dict) -> list[dict]:
         choices = []
         for prompt in request["prompt"]:
             for index in range(request["n"]):
-                ids = completion(prompt, index, request["max_tokens"])
+                ids = completion(prompt, index, request["max_tokens"], self.weights)
                 names = [f"token_id:{token}" for token in ids]
                 logprobs = {"tokens": names, "token_logprobs": [-4.0] * len(ids), "top_logprobs": [None] * len(ids)}
                 choices.append({"prompt_token_ids": prompt, "token_ids": ids, "logprobs": logprobs})
@@ -116,6 +151,12 @@ class TableServer:
 def rate(completion_ids, **columns) -> list[float]:
     """Return a reward that differs within a group."""
     return [float(sum(ids)) for ids in completion_ids]
+
+
+def train_at(url: str, model: Path, folder: Path, flags: list[str]) -> None:
+    """Train beside a server that another process has opened, from the last checkpoint on where there is one."""
+    checkpoint = last_checkpoint(folder)
+    train_beside(TableServer.at(url), model, folder, *flags, resume=checkpoint and str(checkpoint))
 
 
 def train_beside(server: TableServer, model: Path, folder: Path, *flags: str, stock=False, callbacks=(), resume=None):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from grpo_launcher import hub, runs
-from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.errors import EXIT_REFUSED, UserError, first_line
 from grpo_launcher.launch import commands, doctor
 from grpo_launcher.launch.arguments import named_fields, parse
 from grpo_launcher.launch.hardware import find_hardware
@@ -52,7 +53,8 @@ def launch(options, flags: list[str]) -> int:
     hub.use_cache_if_unreachable()
     configs = [options.config] if options.config else _default_recipes(hardware)
     layout_options = Options(options.colocate, options.vllm_gpus, options.sync)
-    resumed = _find_resumed_run(options, flags, configs[0])
+    recipe = configs[0]
+    resumed = _find_resumed_run(options, flags, recipe)
     if resumed:
         configs = [str(resumed.folder / runs.RECIPE_FILE)]
         if layout_options == Options():
@@ -65,8 +67,12 @@ def launch(options, flags: list[str]) -> int:
             break
     if not options.config and not resumed:
         print(f"No recipe given: {Path(config).name}, the default of this machine.")
+    report.recipe_text = Path(recipe if resumed else config).read_text(encoding="utf-8", errors="replace")
     if resumed:
-        report.name = resumed.recipe
+        is_same_recipe = Path(recipe).stem == resumed.recipe
+        report.name, report.recipe_text = resumed.recipe, report.recipe_text if is_same_recipe else resumed.recipe_text
+        if report.values and not options.force:
+            _check_unchanged(report, resumed)
     _check_output(report, resumed, options)
     _print_plan(report)
     if report.problems or (report.missing and not options.dry_run):
@@ -104,8 +110,9 @@ def _find_resumed_run(options, flags: list[str], config: str) -> runs.Run | None
         raise UserError("--resume", f"there is no run of {name} in {runs.ROOT / name}", "start one without --resume")
     run = runs.load_run(Path(folder))
     if runs.last_checkpoint(run.folder, run.layout["ranks"]) is None:
-        problem = f"{run.folder} has no whole checkpoint yet (the recipe's save_steps)"
-        raise UserError("--resume", problem, "start anew without --resume")
+        broken = runs.broken_checkpoints(run.folder, run.layout["ranks"])
+        why = "; ".join(f"{path.name}: {lack}" for path, lack in broken.items()) or "the recipe's save_steps"
+        raise UserError("--resume", f"{run.folder} has no whole checkpoint yet ({why})", "start anew without --resume")
     return run
 
 
@@ -180,6 +187,44 @@ def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
         report.problems.append(str(UserError("vllm", "the CUDA build is installed, and no GPU is visible", fix)))
 
 
+# What a resumed run may change without --force: how long it goes on, where, and what it evaluates, shows and keeps.
+FREE = ["output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "prepare", "run_name", "guards"]
+FREE += ["sample_every", "max_server_restarts", "per_device_eval_batch_size", "num_generations_eval"]
+FREE += ["dataset_test_split", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"]
+FREE += ["vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"]
+FREE_PREFIXES = ("eval_", "hub_", "log_", "logging_", "num_completions_", "push_", "report_", "save_")
+
+
+def _check_unchanged(report: Report, resumed: runs.Run) -> None:
+    """Refuse to go on with another recipe or other prompts than those with which the run began."""
+    begun = f"when {resumed.folder} began"
+    for name in dict.fromkeys([*report.given, *resumed.given]):
+        before, now = resumed.values.get(name), report.values.get(name)
+        if before != now and name not in FREE and not name.startswith(FREE_PREFIXES):
+            problem = UserError(name, f"{before} {begun}, and {now} now", "leave it as it was, or add --force")
+            report.problems.append(str(problem))
+    file = f"{resumed.recipe}.yaml"
+    before, now = (_parse(text, file) for text in (resumed.recipe_text, report.recipe_text))
+    for name in sorted({*before, *now}) if resumed.recipe_text else []:
+        if before.get(name) != now.get(name):
+            problem = f"{name} was {before.get(name)} {begun}, and is {now.get(name)} now; the run keeps its own"
+            fix = f"to change it, --{name} VALUE --force; to go on as it began, --force"
+            report.problems.append(str(UserError(file, problem, fix)))
+    marks = report.data and report.data.prompts_mark, resumed.prompts_mark
+    if None not in marks and marks[0] != marks[1]:
+        problem = f"{report.values['dataset_name']} has other prompts than {begun}"
+        report.problems.append(str(UserError("dataset_name", problem, "bring them back, or add --force")))
+
+
+def _parse(text: str, file: str) -> dict:
+    """Return the fields of a recipe file as they stand."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(file, f"no YAML: {first_line(error)}", "mend it") from error
+    return content if isinstance(content, dict) else {}
+
+
 def _is_installed(package: str) -> bool:
     try:
         return bool(importlib.metadata.version(package))
@@ -195,6 +240,7 @@ def _write_run(
     checkpoint = None
     if resumed:
         folder = resumed.folder
+        _set_aside(runs.broken_checkpoints(folder, layout.ranks))
         checkpoint = runs.last_checkpoint(folder, layout.ranks)
     elif values["output_dir"]:
         folder = Path(values["output_dir"])
@@ -217,12 +263,26 @@ def _write_run(
         commands={name: asdict(command) for name, command in started.items()},
         plan=report.lines,
         lighter=report.lighter,
+        recipe_text=report.recipe_text,
+        prompts_mark=report.data.prompts_mark,
     )
     run.write()
     accelerate = commands.accelerate_config(values, layout, rendezvous)
     (folder / runs.ACCELERATE_FILE).write_text(yaml.safe_dump(accelerate), encoding="utf-8")
     print(f"Run: {folder}" + (f", from {checkpoint.name}" if checkpoint else ""), flush=True)
     return run
+
+
+def _set_aside(broken: dict[Path, str]) -> None:
+    """Rename checkpoints that are not whole, so that nothing takes them for one."""
+    for path, lack in broken.items():
+        target = path.with_name(f"broken-{path.name}")
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier stop
+        path.rename(target)
+        print(f"{path.name} is not whole ({lack}) and is now {target.name}")
+        best = path.with_name(runs.BEST)
+        if best.is_symlink() and not best.exists():
+            best.unlink()
 
 
 def _download(model: str, revision: str | None) -> None:

@@ -57,6 +57,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="go on with the recipe's newest run (or --output_dir) from its last checkpoint",
     )
     parser.add_argument(
+        "--force", action="store_true", help="with --resume: go on although recipe or dataset have changed"
+    )
+    parser.add_argument(
         "--doctor",
         action="store_true",
         help="print a report on this machine and a rehearsal of the recipe, for an issue; a minute or two",
@@ -75,6 +78,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"there is no recipe {config}; {hint}")
     if options.assume_gpus is not None and not options.dry_run:
         parser.error("--assume-gpus plans for hardware that is not there: it needs --dry-run")
+    if options.force and not options.resume:
+        parser.error("--force says that a changed run goes on: it needs --resume")
     if options.assume_memory is not None and options.assume_gpus is None:
         parser.error("--assume-memory needs --assume-gpus")
     if (options.vllm_gpus is not None and options.vllm_gpus < 1) or (options.assume_gpus or 0) < 0:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,6 +44,31 @@ def catching_signals() -> Iterator[None]:
         kill_descendants()
 
 
+@contextmanager
+def first_term(act: Callable[[], bool]) -> Iterator[None]:
+    """Let the first TERM call `act`. The next one, or the first where `act` returns False, does what it did before.
+
+    Another within a second is the same one: `timeout` and others send it to a process and to its group.
+    """
+    before, first = signal.getsignal(signal.SIGTERM), None
+
+    def handle(number, frame):
+        nonlocal first
+        if first is None and act():
+            first = time.monotonic()
+        elif first is None or time.monotonic() - first > 1:
+            signal.signal(signal.SIGTERM, before)
+            before(number, frame)
+
+    if callable(before):
+        signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) == handle:
+            signal.signal(signal.SIGTERM, before)
+
+
 def start(command: list[str], env: dict[str, str] | None = None, **streams) -> subprocess.Popen:
     """Start a command in a session of its own, so that Ctrl-C reaches it through `stop` alone.
 
@@ -58,16 +83,24 @@ def start(command: list[str], env: dict[str, str] | None = None, **streams) -> s
     return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent, **streams)
 
 
-def start_undertaker(children: list[subprocess.Popen], folder: str) -> subprocess.Popen:
+def start_undertaker(folder: str) -> subprocess.Popen:
     """Start a process that does what `stop` would do, in case this process is killed.
 
-    The children get TERM as this process dies, and KILL from the new one after GRACE seconds: a vLLM server that is
-    told to end in the middle of a weight sync waits for ever. Their temporary `folder` is removed. End it with `kill`.
+    The children that it was told of get TERM as this process dies, and KILL from it after GRACE seconds: a vLLM server
+    that is told to end in the middle of a weight sync waits for ever. Their temporary `folder` is removed. End it with
+    `kill`.
     """
-    # `read` ends when the pipe closes, which it does with this process.
-    script = f'read -r; sleep {GRACE:.0f}; kill -KILL -- "$@"; rm -rf -- "$0"'
-    command = ["bash", "-c", script, folder, *(f"-{child.pid}" for child in children)]
-    return subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    # `read` fails when the pipe closes, which it does with this process.
+    script = 'while read -r child; do set -- "$@" "-$child"; done; '
+    script += f'sleep {GRACE:.0f}; kill -KILL -- "$@"; rm -rf -- "$0"'
+    streams = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(["bash", "-c", script, folder], start_new_session=True, **streams)
+
+
+def watch_over(undertaker: subprocess.Popen, child: subprocess.Popen) -> None:
+    """Tell the undertaker of a child."""
+    undertaker.stdin.write(f"{child.pid}\n".encode())
+    undertaker.stdin.flush()
 
 
 def stop(child: subprocess.Popen) -> None:

@@ -1,5 +1,6 @@
 """Supervise a run: server and trainer start together, are watched, and stop together."""
 
+import functools
 import os
 import re
 import signal
@@ -10,13 +11,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from grpo_launcher.errors import EXIT_GUARD
+from grpo_launcher.errors import EXIT_GUARD, EXIT_RESUME
 from grpo_launcher.launch.hardware import GIB, cgroup
-from grpo_launcher.launch.processes import descendants, start, start_undertaker, stop
-from grpo_launcher.runs import PROGRESS, STOPPED, Run
+from grpo_launcher.launch.processes import descendants, first_term, start, start_undertaker, stop, watch_over
+from grpo_launcher.runs import END_REQUEST, PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
 EXIT_SERVER_LOST = 1
@@ -36,32 +38,39 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
         server_timeout: seconds that it may take to come up.
 
     Returns:
-        The trainer's exit status; EXIT_GUARD where a guard stopped it; EXIT_SERVER_LOST.
+        The trainer's exit status; EXIT_GUARD where a guard stopped it; EXIT_RESUME where TERM did, behind a
+        checkpoint; EXIT_SERVER_LOST.
     """
-    (run.folder / STOPPED).unlink(missing_ok=True)  # of the run that is resumed
+    for name in (STOPPED, END_REQUEST):  # of the run that is resumed
+        (run.folder / name).unlink(missing_ok=True)
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
-    children, undertaker, server = [], None, None
     witness, screen = Witness(run), Screen(run.folder, server_url)
     (run.folder / PROGRESS).unlink(missing_ok=True)
+    undertaker, children = start_undertaker(shared.name), {}
+
+    def start_child(name: str, **streams) -> subprocess.Popen:
+        command = run.commands[name]
+        env = command["env"] | ({"GRPO_SHARED_MEMORY": shared.name} if name == "trainer" else {})
+        children[name] = start(command["argv"], env, **streams)
+        watch_over(undertaker, children[name])
+        return children[name]
+
     with (
         shared,
         open(run.folder / "train.log", "ab") as train_log,
         open(run.folder / "server.log", "ab") as server_log,
+        first_term(lambda: not run.values.get("save_only_model") and screen.ask_to_end()),
     ):
         try:
+            server = None
             if "server" in run.commands:
-                command = run.commands["server"]
-                server = start(command["argv"], command["env"], stdout=server_log, stderr=subprocess.STDOUT)
-                children.append(server)
-            command = run.commands["trainer"]
-            env = command["env"] | {"GRPO_SHARED_MEMORY": shared.name}
-            trainer = start(command["argv"], env, stdout=subprocess.PIPE, stderr=train_log)
-            children.insert(0, trainer)
-            undertaker = start_undertaker(children, shared.name)
+                begin = functools.partial(start_child, "server", stdout=server_log, stderr=subprocess.STDOUT)
+                server = Server(begin, server_url, server_timeout, run.values["max_server_restarts"], witness, screen)
+            trainer = start_child("trainer", stdout=subprocess.PIPE, stderr=train_log)
             echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log, screen), daemon=True)
             echo.start()
-            status = _watch(witness, screen, trainer, server, server_url, server_timeout)
+            status = _watch(screen, trainer, server)
             if status is None:
                 return EXIT_SERVER_LOST
             echo.join(5)
@@ -69,15 +78,82 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
                 return EXIT_GUARD
             if status:
                 screen.fail(witness.failed(status))
+            elif screen.was_asked and not (run.folder / END_REQUEST).exists():
+                screen.fail("Stopped by TERM, with a checkpoint of the last step. To go on from it: add --resume.")
+                return EXIT_RESUME
             return status
         finally:
             witness.is_over.set()
             screen.write("")
-            for child in children:
-                stop(child)
-            if undertaker:
-                undertaker.kill()
-                undertaker.communicate()
+            for name in ("trainer", "server"):
+                if name in children:
+                    stop(children[name])
+            undertaker.kill()
+            undertaker.communicate()
+
+
+class Server:
+    """The vLLM server of a run. Where it is lost it is started again: ranks that send weights as files wait for it.
+
+    Args:
+        begin: starts its process.
+        url: its address.
+        timeout: seconds that it may take to come up.
+        restarts: how many times it may be started again.
+        witness: of the run.
+        screen: the console.
+    """
+
+    def __init__(self, begin: Callable, url: str, timeout: float, restarts: int, witness: "Witness", screen: "Screen"):
+        self.begin, self.url, self.timeout, self.restarts = begin, url, timeout, restarts
+        self.witness, self.screen = witness, screen
+        self.was_up = False  # ever: one that never came up would not the next time
+        self._start()
+
+    def _start(self) -> None:
+        self.process, self.is_up, self.last_check = self.begin(), False, 0.0
+        self.started = self.last_healthy = self.last_message = time.monotonic()
+
+    def is_lost(self) -> bool:
+        """Look after it. Returns whether the run must end because it is lost."""
+        message = self._trouble()
+        if message is None:
+            return False
+        if not self.restarts or not self.was_up:
+            self.screen.fail(message)
+            return True
+        self.restarts -= 1
+        stop(self.process)
+        left = f"{self.restarts} times more if need be" if self.restarts else "for the last time"
+        self.screen.show(f"{message}\nThe vLLM server is started again, and the ranks wait for it ({left}).\n")
+        self.witness.forget_server()
+        self._start()
+        return False
+
+    def _trouble(self) -> str | None:
+        """Return what is wrong with it, or None. Says when it is up, and what it does until then."""
+        now = time.monotonic()
+        if (status := self.process.poll()) is not None:
+            if status < 0:
+                return self.witness.killed("The vLLM server", -status, self.process.pid, "server.log")
+            return self._describe(f"ended with exit status {status}")
+        if now - self.last_check > (10 if self.is_up else 1):
+            self.last_check = now
+            if _is_healthy(self.url):
+                self.last_healthy = time.monotonic()
+                if not self.is_up:
+                    self.is_up = self.was_up = True
+                    self.screen.show(f"The vLLM server is up after {self.last_healthy - self.started:.0f} s.\n")
+        if not self.is_up and now - self.last_message > 15:
+            self.last_message = now
+            last_line = _last_line(self.witness.folder / "server.log")
+            self.screen.show(f"Waiting for the vLLM server ({now - self.started:.0f} s): {last_line}\n")
+        if now - self.last_healthy > (UNHEALTHY_LIMIT if self.is_up else self.timeout):
+            return self._describe(f"gave no healthy answer for {now - self.last_healthy:.0f} s")
+        return None
+
+    def _describe(self, what: str) -> str:
+        return self.witness.with_traceback(f"The vLLM server {what}.{self.witness.out_of_memory()}", "server.log")
 
 
 class Witness:
@@ -111,6 +187,11 @@ class Witness:
             self.read[name] += len(lines)
             if b"Traceback (most recent call last)" in lines:
                 self.first_anomaly = self.first_anomaly or name
+
+    def forget_server(self) -> None:
+        """Read the server's log from here on, as it is started again."""
+        self.starts["server.log"] = self.read["server.log"] = (self.folder / "server.log").stat().st_size
+        self.first_anomaly, self.kills = None, memory_kills()
 
     def log(self, name: str) -> str:
         """Return what this launch has added to a log."""
@@ -170,7 +251,8 @@ class Screen:
     """
 
     def __init__(self, folder: Path, server_url: str | None = None):
-        self.progress, self.server_url = folder / PROGRESS, server_url
+        self.folder, self.progress, self.server_url = folder, folder / PROGRESS, server_url
+        self.was_asked = self.has_told = False  # to end, and the user that it was
         self.is_terminal = sys.stdout.isatty()
         self.lock = threading.Lock()
         self.last = time.monotonic()
@@ -193,8 +275,22 @@ class Screen:
         self.write("")
         print(f"\n{message}", file=sys.stderr)
 
+    def ask_to_end(self) -> bool:
+        """Ask the trainer for a checkpoint and its end. Returns whether it trains: else there is nothing to save.
+
+        A signal calls it, at any moment: it must not wait for the lock.
+        """
+        is_training = self.progress.exists() and self.progress.read_text(encoding="utf-8").startswith("step ")
+        if is_training:
+            self.was_asked = True
+            (self.folder / END_REQUEST).touch()
+        return is_training
+
     def tell(self) -> None:
         """Say what the trainer is doing, where that is due."""
+        if self.was_asked and not self.has_told:
+            self.has_told = True
+            self.show("TERM: this step ends with a checkpoint, and the run with it. A second TERM ends it at once.\n")
         silence = time.monotonic() - self.last
         if silence < (SILENCE if self.is_terminal else 6 * SILENCE) or not self.progress.exists():
             return
@@ -217,49 +313,17 @@ def _echo(pipe, log, screen: Screen) -> None:
         screen.show(line.decode(errors="replace"))
 
 
-def _watch(
-    witness: Witness,
-    screen: Screen,
-    trainer: subprocess.Popen,
-    server: subprocess.Popen | None,
-    url: str | None,
-    timeout: float,
-) -> int | None:
+def _watch(screen: Screen, trainer: subprocess.Popen, server: Server | None) -> int | None:
     """Wait for the trainer's end. Returns its exit status, or None where the server was lost first."""
-    started = last_healthy = last_message = last_told = time.monotonic()
-    last_check, is_up = 0.0, server is None
+    last_told = time.monotonic()
     while (status := trainer.poll()) is None:
         time.sleep(0.2)
-        now = time.monotonic()
-        if now - last_told > 1:
-            last_told = now
+        if time.monotonic() - last_told > 1:
+            last_told = time.monotonic()
             screen.tell()
-        if server is None:
-            continue
-        if server.poll() is not None:
-            return _report_lost_server(witness, screen, f"ended with exit status {server.returncode}", server)
-        if now - last_check > (10 if is_up else 1):
-            last_check = now
-            if _is_healthy(url):
-                last_healthy = time.monotonic()
-                if not is_up:
-                    is_up = True
-                    screen.show(f"The vLLM server is up after {last_healthy - started:.0f} s.\n")
-        if not is_up and now - last_message > 15:
-            last_message = now
-            last_line = _last_line(witness.folder / "server.log")
-            screen.show(f"Waiting for the vLLM server ({now - started:.0f} s): {last_line}\n")
-        if now - last_healthy > (UNHEALTHY_LIMIT if is_up else timeout):
-            return _report_lost_server(witness, screen, f"gave no healthy answer for {now - last_healthy:.0f} s")
+        if server and server.is_lost():
+            return None
     return status
-
-
-def _report_lost_server(witness: Witness, screen: Screen, what: str, ended: subprocess.Popen | None = None) -> None:
-    if ended and ended.returncode < 0:
-        message = witness.killed("The vLLM server", -ended.returncode, ended.pid, "server.log")
-    else:
-        message = witness.with_traceback(f"The vLLM server {what}.{witness.out_of_memory()}", "server.log")
-    screen.fail(message)
 
 
 def _completions_left(url: str) -> int:

@@ -4,7 +4,10 @@ import signal
 
 from helpers import ROOT, is_in_sync
 
+from grpo_launcher.callbacks import SYNC_DIFFERENCE
+from grpo_launcher.errors import EXIT_RESUME
 from grpo_launcher.overlap import LAG
+from grpo_launcher.runs import last_checkpoint
 
 FLAGS = [str(ROOT / "configs/quickstart.yaml"), "--max_completion_length", "64"]
 FLAGS += ["--per_device_train_batch_size", "8"]
@@ -19,9 +22,10 @@ def server_of(run):
 def test_a_killed_run_resumes_and_stops(workplace, launch):
     """After KILL nothing is left, not even a server that hears no TERM. --resume takes the last whole checkpoint.
 
-    Both runs generate one step ahead. What the kill interrupts is made again by the newest weights.
+    Both runs generate one step ahead, and what was in flight at the checkpoint goes on. A server that is killed is
+    started again, and makes the completions that the ranks wait for.
 
-    TERM ends that run with exit status 128 + 15, and leaves neither a process nor a file in shared memory.
+    TERM ends that run behind a checkpoint of its last step, and leaves neither a process nor a file in shared memory.
     """
     first = launch(workplace, *FLAGS)
     first.wait_for("step  5/50")
@@ -33,15 +37,21 @@ def test_a_killed_run_resumes_and_stops(workplace, launch):
     (first.run_folder() / "checkpoint-4").mkdir()  # half-written
     second = launch(workplace, *FLAGS, "--resume")
     second.wait_for("step  6/50")
+    for process in server_of(second):
+        process.kill()
+    second.wait_for("step  9/50")
     second.process.send_signal(signal.SIGTERM)
-    second.finish(128 + signal.SIGTERM, timeout=90)
+    second.finish(EXIT_RESUME, timeout=120)
     assert second.leftovers() == [] and "--resume" in second.text()
-    assert "from checkpoint-3" in second.text()
+    assert "from checkpoint-3" in second.text() and "broken-checkpoint-4" in second.text()
+    assert second.text().count("The vLLM server is started again") == 1
     assert second.run_folder() == first.run_folder()
     lines = second.metrics()
-    assert [line["step"] for line in lines[:6]] == list(range(1, 7))
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert last_checkpoint(second.run_folder(), ranks=2).name == f"checkpoint-{len(lines)}"
     assert lines[:3] == before[:3]
     assert before[0]["kl"] < 1e-6 and lines[3]["kl"] > 1e-3, "the weights of step 3 went on, not those of the base"
-    assert [line[LAG] for line in lines[:6]] == [0, 1, 1, 0, 1, 1]
-    assert is_in_sync([lines[0], lines[3]])
+    lags = [line[LAG] for line in lines]
+    assert lags[:6] == [0, 1, 1, 1, 1, 1] and lags[6:].count(0) == 1, "one block was asked for again"
+    assert all(line[SYNC_DIFFERENCE] < 1e-3 for line in lines) and is_in_sync(lines[:1])
     assert all(0.5 < line["overlap/effective_sample_size"] <= 1 for line in lines)

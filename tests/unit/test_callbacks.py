@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from helpers import write_checkpoint
 from transformers import TrainerControl, TrainerState
 
 from grpo_launcher.callbacks import (
@@ -47,10 +48,7 @@ def watch(run, steps: list[dict], given: dict | None = None, first: int = 1) -> 
         for callback in (log, guards):
             callback.on_log(ARGS, state, control, logs=HEALTHY | changes)
         if control.should_save:
-            folder = run / f"checkpoint-{step}"
-            folder.mkdir()
-            for name in ("trainer_state.json", "rng_state.pth"):
-                (folder / name).touch()
+            write_checkpoint(run / f"checkpoint-{step}", "trainer_state.json", "rng_state.pth")
         saved.append(control.should_save)
         if control.should_training_stop:
             break
@@ -117,6 +115,17 @@ def test_any_other_figure_is_warned_of_once_and_every_save_is_made(name, tmp_pat
     metric, value = next(iter(WARNED[name].items()))
     assert output.count("Warning: ") == 1 and f"{metric} is {value:.4g}" in output and ". Fix: " in output
     assert output.index("Warning: ") > output.index(f"step {GUARDS[name]['steps']:>3}/100")
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path, capsys):
+    """As if it had not been interrupted: it warns in the same step, and no second time."""
+    low = {"entropy": 0.0}
+    watch(tmp_path, [low] * 4)
+    assert "Warning" not in capsys.readouterr().out
+    watch(tmp_path, [low], first=5)
+    assert capsys.readouterr().out.count("Warning: entropy") == 1
+    watch(tmp_path, [low] * 3, first=6)
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_guards_can_be_set_and_switched_off(tmp_path, capsys):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, write_checkpoint
 from tiny_models import make_model
 
 from grpo_launcher.config import load_config
@@ -97,6 +97,7 @@ def test_bad_input_is_refused_before_anything_starts(flags, field, message, laun
         (["--vllm_gpus", "0"], "at least 1"),
         (["--sync", "smoke"], "invalid choice"),
         (["--dry-run", "configs/quickstart.yaml"], "the recipe comes first"),
+        (["--force"], "needs --resume"),
     ],
 )
 def test_a_mistyped_command_line_is_refused(argv, message, capsys):
@@ -165,15 +166,12 @@ def test_resume_goes_on_with_the_run(launch, tmp_path, monkeypatch, capsys):
     assert launch(f"{SMALL} --max_steps 7 --sync disk") == 0
     folder = tmp_path / "trainOutput/quickstart/1"
     assert launch("--resume") == 2 and "no whole checkpoint" in capsys.readouterr().err
-    for step, files in {
-        4: ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"],
-        5: ["rng_state_0.pth"],
-    }.items():
-        (folder / f"checkpoint-{step}").mkdir()
-        for file in files:
-            (folder / f"checkpoint-{step}" / file).touch()
+    write_checkpoint(folder / "checkpoint-4", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth")
+    write_checkpoint(folder / "checkpoint-5", "rng_state_0.pth")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert launch("--resume --max_steps 9") == launch("--resume --output_dir=~/trainOutput/quickstart/1") == 0
+    assert "checkpoint-5 is not whole (trainer_state.json is not there)" in capsys.readouterr().out
+    assert not (folder / "checkpoint-5").exists() and (folder / "broken-checkpoint-5").exists()
     _, first, second = [run for run, *_ in launch.supervised]
     assert first.folder.resolve() == second.folder.resolve() == folder and first.recipe == "quickstart"
     assert first.values["resume_from_checkpoint"].endswith("quickstart/1/checkpoint-4")
@@ -182,8 +180,62 @@ def test_resume_goes_on_with_the_run(launch, tmp_path, monkeypatch, capsys):
     content = json.loads((folder / "run.json").read_text())
     content["layout"]["ranks"] = 1
     (folder / "run.json").write_text(json.dumps(content))
-    (folder / "checkpoint-4/rng_state.pth").touch()
+    write_checkpoint(folder / "checkpoint-4", "rng_state.pth")
     assert launch("--resume") == 2 and "trained by 1 ranks" in capsys.readouterr().err
+
+
+@pytest.fixture
+def begun(launch, tmp_path):
+    """A run of a recipe of the user's own, which has a checkpoint. The recipe's path."""
+    recipe = tmp_path / "mine.yaml"
+    (tmp_path / "posts.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    values = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    values |= {"model_name_or_path": "model", "dataset_name": "posts.jsonl", "beta": 0.1}
+    recipe.write_text(yaml.safe_dump(values))
+    assert launch("", str(recipe)) == 0
+    names = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"]
+    write_checkpoint(tmp_path / "trainOutput/mine/1/checkpoint-4", *names)
+    launch.supervised.clear()
+    return recipe
+
+
+def test_what_a_resumed_run_may_change(begun, launch):
+    """How long it goes on, and what it shows and keeps. A comment in the recipe is no change."""
+    begun.write_text("# mine\n" + begun.read_text())
+    flags = "--max_steps 99 --save_steps 5 --eval_strategy no --sample_every 7 --report_to tensorboard"
+    assert launch(f"--resume {flags} --guards '{{\"kl\": null}}'", str(begun)) == 0
+
+
+def change_recipe(recipe):
+    recipe.write_text(recipe.read_text().replace("beta: 0.1", "beta: 0.3"))
+
+
+def change_rows(recipe):
+    rows = recipe.with_name("posts.jsonl")
+    rows.write_text(rows.read_text().replace("post 7", "post seven"))
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "field", "message", "beta"),
+    [
+        (None, "--beta 0.2", "beta: ", "0.1 when trainOutput/mine/1 began, and 0.2 now", 0.2),
+        (None, "--dataset_name rows.jsonl", "dataset_name: ", "and rows.jsonl now", 0.1),
+        (change_recipe, "", "mine.yaml: ", "beta was 0.1", 0.1),
+        (change_rows, "", "dataset_name: ", "other prompts", 0.1),
+    ],
+    ids=["flag", "another dataset", "recipe", "rows"],
+)
+def test_a_changed_run_goes_on_with_force_alone(change, flags, field, message, beta, begun, launch, capsys):
+    """The difference is shown. With --force the run goes on with its own recipe and the flags."""
+    if change:
+        change(begun)
+    assert launch(f"--resume {flags}", str(begun)) == 2 and launch.supervised == []
+    errors = capsys.readouterr().err
+    assert f"error: {field}" in errors and message in errors and "--force" in errors
+    assert launch(f"--resume {flags} --force", str(begun)) == 0
+    ((run, *_),) = launch.supervised
+    assert run.values["beta"] == beta
+    assert launch("--resume", str(begun)) == 0, "what was forced stays"
 
 
 def test_what_is_missing_is_made_once(launch, tmp_path, capsys):

@@ -180,10 +180,20 @@ def test_a_server_of_the_users_own():
         assert refused == [] and not layout.starts_server and layout.ranks == (gpus or 2)
         assert values["vllm_mode"] == "server" and "http://10.0.0.1:8000" in layout.describe()
     assert choose(0, options=Options(sync="disk"), **url)[2] == []
-    for field in SERVER_FIELDS:
+    for field in (*SERVER_FIELDS, "max_server_restarts"):
         value = ["--x"] if field == "vllm_server_args" else 2
         assert choose(4, **url, **{field: value})[2] == [field]
     assert choose(1, vllm_server_args=["--x"])[2] == ["vllm_server_args"], "colocate starts none either"
+
+
+def test_a_lost_server_is_started_again_where_it_can_be_used():
+    """Ranks that are connected by NCCL cannot connect to a new one."""
+    assert choose(4)[1]["max_server_restarts"] == 0 and choose(4, max_server_restarts=0)[2] == []
+    assert choose(4, max_server_restarts=2)[2] == ["max_server_restarts"]
+    for gpus in (0, 4):
+        _, values, refused = choose(gpus, weight_sync="disk", max_server_restarts=2)
+        assert values["max_server_restarts"] == 2 and refused == []
+    assert choose(0)[1]["max_server_restarts"] == 3
 
 
 @pytest.mark.parametrize(

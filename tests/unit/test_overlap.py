@@ -128,7 +128,7 @@ def test_an_evaluation_in_mid_flight(train):
 
 
 def test_a_resumed_run_goes_through_the_same_prompts(train):
-    """What was in flight is made again, by newer weights."""
+    """Nothing is in flight where a run has come to its end, so the next block is made by newer weights."""
     flags = ["--overlap", "true", "--save_steps", "2"]
     with TableServer() as server:
         whole = completions(train(server, *flags, name="whole"))

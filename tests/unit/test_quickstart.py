@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import load_dataset
+from helpers import write_checkpoint
 from tiny_models import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
@@ -242,9 +243,8 @@ def test_the_same_command_goes_on_where_it_was_stopped(commands, tmp_path):
     home = tmp_path / "out"
     (home / "supervised/final-checkpoint").mkdir(parents=True)
     (home / "supervised/final-checkpoint/README.md").touch()
-    (home / "grpo-lora/checkpoint-12").mkdir(parents=True)
-    for name in ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"):
-        (home / "grpo-lora/checkpoint-12" / name).touch()
+    whole = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"]
+    write_checkpoint(home / "grpo-lora/checkpoint-12", *whole)
     (home / "grpo/checkpoint-12").mkdir(parents=True)
     commands.failing.append("quickstart_summaries.yaml")
     assert summaries.main(["--output", str(home)]) == 7, "the exit status of the command that failed"

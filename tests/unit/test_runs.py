@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from helpers import write_checkpoint
+from safetensors.torch import save_file
 
 from grpo_launcher import runs
 from grpo_launcher.config import load_config
@@ -118,12 +121,26 @@ def test_half_written_checkpoints_are_passed_over(ranks, steps, work):
         "checkpoint-103-draft": ["trainer_state.json", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"],
         "diverged-checkpoint-104": ["trainer_state.json", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"],
     }.items():
-        (work / name).mkdir()
-        for file in files:
-            (work / name / file).touch()
+        write_checkpoint(work / name, *files)
     assert runs.checkpoints(work, ranks) == [work / f"checkpoint-{step}" for step in steps]
     assert runs.last_checkpoint(work, ranks) == work / f"checkpoint-{steps[-1]}"
     assert runs.last_checkpoint(work / "nowhere", ranks) is None
+    broken = runs.broken_checkpoints(work, ranks)
+    assert broken[work / "checkpoint-101"] == "trainer_state.json is not there"
+    assert len(broken) + len(steps) == 5, "drafts and what a guard has renamed are neither"
+
+
+@pytest.mark.parametrize("cut", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_of_which_a_file_was_cut_off_is_not_whole(cut, work):
+    """As by a full disk, or by a machine that lost its power."""
+    folder = work / "checkpoint-5"
+    write_checkpoint(folder, "trainer_state.json", "rng_state.pth")
+    save_file({"weight": torch.ones(100), "bias": torch.ones(3)}, folder / "model.safetensors", metadata={"a": "b"})
+    torch.save({"exp_avg": torch.ones(100)}, folder / "optimizer.pt")
+    assert runs.checkpoints(work) == [folder] and runs.broken_checkpoints(work) == {}
+    for size in ((folder / cut).stat().st_size - 1, 5, 0):
+        os.truncate(folder / cut, size)
+        assert runs.checkpoints(work) == [] and runs.broken_checkpoints(work) == {folder: f"{cut} was cut off"}
 
 
 def test_metrics_end_with_the_last_whole_line(work):

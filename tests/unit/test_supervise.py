@@ -17,6 +17,7 @@ import pytest
 import yaml
 from helpers import ROOT, Launch
 
+from grpo_launcher.errors import EXIT_RESUME
 from grpo_launcher.launch import commands, processes
 from grpo_launcher.launch import supervise as supervise_module
 from grpo_launcher.launch.supervise import first_traceback, supervise
@@ -67,15 +68,15 @@ def run(tmp_path, monkeypatch, capfd):
     def command(code: str) -> dict:
         return {"argv": [sys.executable, "-I", "-S", "-u", "-c", code], "env": {}}
 
-    def start(trainer: str, server: str | None = None, timeout: float = 30) -> int:
+    def start(trainer: str, server: str | None = None, timeout: float = 30, restarts: int = 0) -> int:
         port = free_port()
         commands = {"trainer": command(trainer)}
         if server:
             commands["server"] = command(server.replace("PORT", str(port)))
         plan = {"plan": ["memory: 0.1 GiB", "context: 2"], "lighter": "--per_device_train_batch_size 4"}
-        stub = Run(tmp_path, "stub", {}, [], commands=commands, **plan)
+        stub = Run(tmp_path, "stub", {"max_server_restarts": restarts}, [], commands=commands, **plan)
         status = supervise(stub, f"http://127.0.0.1:{port}" if server else None, timeout)
-        assert len(started) == len(commands) and all(child.poll() is not None for child in started)
+        assert started and all(child.poll() is not None for child in started)
         assert list((tmp_path / "shm").iterdir()) == []
         started.clear()
         return status
@@ -191,11 +192,80 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     monkeypatch.setattr(supervise_module, "_is_healthy", lambda url: healthy(seconds[0]))
     (tmp_path / "server.log").touch()
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
-    server = SimpleNamespace(poll=lambda: None)
     witness = SimpleNamespace(folder=tmp_path, with_traceback=lambda message, log: message, out_of_memory=lambda: "")
     screen = SimpleNamespace(tell=lambda: None, show=lambda text: None, fail=lambda text: None)
-    assert supervise_module._watch(witness, screen, trainer, server, "url", 900) == status
+    process = SimpleNamespace(poll=lambda: None)
+    server = supervise_module.Server(lambda: process, "url", 900, 0, witness, screen)
+    assert supervise_module._watch(screen, trainer, server) == status
     assert seconds[0] == pytest.approx(end, abs=11)
+
+
+DIES = """
+import http.server, pathlib, sys
+starts = pathlib.Path("FOLDER/starts")
+starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", int(PORT)), Health)
+if len(starts.read_text()) <= DEATHS:
+    server.handle_request()
+    raise RuntimeError(f"death {starts.read_text()}")
+server.serve_forever()
+"""
+WAITS = """
+import os, time
+while not os.path.exists("FOLDER/starts") or os.path.getsize("FOLDER/starts") <= DEATHS:
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(("deaths", "restarts", "starts"), [(1, 3, 2), (2, 2, 3), (9, 2, 3), (1, 0, 1)])
+def test_a_server_that_was_up_is_started_again(deaths, restarts, starts, run, tmp_path, capfd):
+    """As often as the recipe says, with the reason. After that the run ends."""
+    codes = [code.replace("FOLDER", str(tmp_path)).replace("DEATHS", str(deaths)) for code in (WAITS, DIES)]
+    is_enough = deaths <= restarts
+    assert run(*codes, restarts=restarts) == (0 if is_enough else supervise_module.EXIT_SERVER_LOST)
+    assert (tmp_path / "starts").read_text() == "x" * starts
+    out, errors = capfd.readouterr()
+    assert out.count("The vLLM server is started again") == starts - 1
+    assert all(f"RuntimeError: death {'x' * number}\n" in out for number in range(1, starts))
+    assert (f"RuntimeError: death {'x' * starts}" in errors) != is_enough
+
+
+def test_a_server_that_never_was_up_is_not_started_again(run, capfd):
+    """It would fail again."""
+    assert run(STAY, FAIL, restarts=3) == supervise_module.EXIT_SERVER_LOST
+    assert "started again" not in capfd.readouterr().out
+
+
+OBEYS = """
+import os, signal, time
+open("FOLDER/progress.txt", "w").write("step 3: training")
+os.kill(os.getppid(), signal.SIGTERM)
+while not os.path.exists("FOLDER/save-and-end"):
+    time.sleep(0.01)
+if IS_OBEYED:
+    os.unlink("FOLDER/save-and-end")
+raise SystemExit(STATUS)
+"""
+
+
+@pytest.mark.parametrize(
+    ("is_obeyed", "trainer", "status"),
+    [(True, 0, EXIT_RESUME), (True, 1, 1), (False, 0, 0)],
+    ids=["obeyed", "failed", "ended"],
+)
+def test_term_ends_a_run_with_a_checkpoint(is_obeyed, trainer, status, run, tmp_path, capfd):
+    """Exit status 75 says that it can be resumed: not where the checkpoint failed, or the run had come to its end."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("the first TERM is not the launcher's"))
+    code = OBEYS.replace("FOLDER", str(tmp_path)).replace("IS_OBEYED", str(is_obeyed)).replace("STATUS", str(trainer))
+    try:
+        assert run(code, HEALTHY) == status
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ("--resume" in capfd.readouterr().err) == (status == EXIT_RESUME)
 
 
 KILLED = """
@@ -352,6 +422,7 @@ LAYOUT |= {{"use_vllm": True, "starts_server": True}}
 VALUES = dict.fromkeys(["output_dir", "model_revision", "trust_remote_code", "vllm_max_model_length", "bf16", "fp16"])
 VALUES |= dict.fromkeys(["dtype", "vllm_server_args", "resume_from_checkpoint"])
 VALUES |= {{"model_name_or_path": ".", "weight_sync": "disk", "vllm_server_timeout": 60}}
+VALUES |= {{"max_server_restarts": 0}}
 REPORT = {{"name": "stub", "values": VALUES, "given": [], "layout": LAYOUT, "model": None, "data": {{"columns": []}}}}
 
 
@@ -375,6 +446,8 @@ elif module.startswith("vllm") and stage == "training":
     {IGNORE_TERM}
     exec({HEALTHY!r}.replace("PORT", sys.argv[sys.argv.index("--port") + 1]))
 else:
+    if stage == "training":
+        pathlib.Path(sys.argv[-1], "progress.txt").write_text("step 2: training")
     print("step 1", flush=True)
     stay()
 '''
@@ -412,14 +485,26 @@ def start(tmp_path, monkeypatch):
         launched.end()
 
 
+def again_and_again(launched: Launch, number: int) -> int:
+    """Send a signal until the launcher ends, and return its exit status."""
+    deadline = time.monotonic() + 30
+    while launched.process.poll() is None:
+        assert time.monotonic() < deadline, launched.tail()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(launched.process.pid, number)
+        time.sleep(0.1)
+    return launched.process.returncode
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("stage", ["preflight", "prepare", "loading", "training"])
 def test_a_signal_leaves_nothing(stage, number, start):
     """At any stage, even where the server does not hear TERM. A second signal changes nothing."""
     launched = start(stage)
-    for _ in range(2):
-        os.kill(launched.process.pid, number)
-    assert launched.process.wait(30) == 128 + number, launched.tail()
+    os.kill(launched.process.pid, number)
+    if stage == "training" and number == signal.SIGTERM:
+        launched.wait_for("TERM: this step ends", timeout=30)
+    assert again_and_again(launched, number) == 128 + number, launched.tail()
     assert launched.leftovers() == [] and "--resume" in launched.text()
     assert "step 1" in launched.text() or stage != "training"
 
@@ -435,5 +520,4 @@ def test_a_killed_launcher_takes_all_with_it(stage, start):
 def test_a_run_under_nohup_goes_on_without_its_terminal(start):
     launched = start("training", "nohup")
     os.kill(launched.process.pid, signal.SIGHUP)
-    os.kill(launched.process.pid, signal.SIGTERM)
-    assert launched.process.wait(30) == 128 + signal.SIGTERM and launched.leftovers() == []
+    assert again_and_again(launched, signal.SIGTERM) == 128 + signal.SIGTERM and launched.leftovers() == []

@@ -41,6 +41,9 @@ class Server:
     def reset_prefix_cache(self):
         pass
 
+    def has_weights(self):
+        return True
+
     def update_named_params(self, metadata, named_params):
         own, self.pushes = dict(self.model.named_parameters()), self.pushes + 1
         fault = self.fault if self.pushes == 2 else ""

@@ -1,0 +1,117 @@
+"""A run that was killed goes on as if it had not been: real trainers beside a server that answers from a table.
+
+The table gives other completions to other weights, so that the smallest difference would grow.
+"""
+
+import multiprocessing
+import random
+import time
+
+import pytest
+from helpers import ROOT
+from table_server import TableServer, train_at, train_beside
+from tiny_models import make_model
+from transformers import TrainerCallback
+
+from grpo_launcher.callbacks import EndOnRequest
+from grpo_launcher.runs import END_REQUEST, last_checkpoint, read_metrics
+
+CLOCK = {"time", "step_time", "overlap/trainer_waited_seconds", "overlap/server_idle_seconds"}
+CLOCK |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+STEPS, KILLS = 16, 3  # 4 steps are an epoch
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a small model."""
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have imported the trainer already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["table_server"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # the server knows nothing of this process's path
+        yield context
+
+
+def curve(folder) -> list[dict]:
+    """Return the lines of a run without the seconds."""
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read_metrics(folder)]
+
+
+RUNS = {
+    "plain": ["--save_steps", "2"],
+    "overlap": ["--save_steps", "2", "--overlap", "true"],
+    "blocks of four steps": ["--save_steps", "3", "--steps_per_generation", "2", "--num_iterations", "2"],
+    "reference that follows": ["--save_steps", "3", "--sync_ref_model", "true", "--ref_model_sync_steps", "2"],
+}
+RUNS["overlap of such blocks"] = [*RUNS["blocks of four steps"], "--overlap", "true"]
+
+
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
+def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(flags, model, processes, tmp_path):
+    """Each KILL comes somewhere within a step, also within a save."""
+    flags = [*flags, "--max_steps", str(STEPS), "--beta", "0.1"]
+    moments = random.Random(0)
+    with TableServer(by_weights=True) as server:
+        train_beside(server, model, tmp_path / "whole", *flags)
+    with TableServer(by_weights=True) as server:
+        for target in sorted(moments.sample(range(2, STEPS - 5), KILLS)):
+            arguments = server.url, model, tmp_path / "killed", flags
+            process = processes.Process(target=train_at, args=arguments)
+            metrics, before = tmp_path / "killed/metrics.jsonl", None
+            if metrics.exists():
+                before = metrics.stat().st_ino
+            process.start()
+            while process.is_alive() and not (
+                metrics.exists() and metrics.stat().st_ino != before and len(read_metrics(metrics.parent)) >= target
+            ):
+                time.sleep(0.01)
+            assert process.is_alive(), process.exitcode
+            time.sleep(moments.random() * 0.2)
+            process.kill()
+            process.join()
+        train_at(server.url, model, tmp_path / "killed", flags)
+    whole, killed = curve(tmp_path / "whole"), curve(tmp_path / "killed")
+    assert [line["step"] for line in whole] == [*range(1, STEPS + 1)]
+    for line, other in zip(whole, killed, strict=True):
+        assert other == pytest.approx(line, abs=1e-6)
+
+
+class Ask(TrainerCallback):
+    """Asks for the end of a run in its third step, as the launcher does after a TERM."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            (self.folder / END_REQUEST).touch()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--save_steps", "100"],
+        ["--save_strategy", "epoch", "--eval_strategy", "epoch"],
+        ["--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1", "--save_total_limit", "1"]
+        + ["--load_best_model_at_end", "true", "--metric_for_best_model", "reward"],
+    ],
+    ids=["", "epoch", "best"],
+)
+def test_a_run_that_is_asked_to_ends_behind_a_checkpoint(flags, model, tmp_path):
+    """Nothing more is done, the checkpoint stays whatever else may be deleted, and a resumed run is the whole one."""
+    folder, ending = tmp_path / "asked", EndOnRequest(tmp_path / "asked")
+    with TableServer(by_weights=True) as server:
+        train_beside(server, model, tmp_path / "whole", *flags)
+        train_beside(server, model, folder, *flags, callbacks=[ending, Ask(folder)])
+        assert ending.has_ended and not (folder / END_REQUEST).exists()
+        assert last_checkpoint(folder).name == "checkpoint-3"
+        assert [line["step"] for line in read_metrics(folder) if "reward" in line] == [1, 2, 3]
+        train_at(server.url, model, folder, flags)
+    assert curve(folder) == curve(tmp_path / "whole")
