@@ -13,7 +13,7 @@ from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from peft import get_peft_model
 from torch.nn.functional import pad
@@ -308,7 +308,8 @@ class Trainer(GRPOTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None or not all(gather_object([self._state_file(checkpoint).exists()])):
             return
-        tensors = torch.load(self._state_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
+        tensors = torch.load(self._state_file(checkpoint), map_location="cpu", weights_only=True)
+        tensors = send_to_device(tensors, self.accelerator.device)
         figures = json.loads(tensors["figures"])
         self._globalstep_last_logged, self._tr_loss = figures["logged"], tensors["loss"]
         self._compared_prompt = figures["compared_prompt"]
@@ -318,6 +319,8 @@ class Trainer(GRPOTrainer):
             self._step, self._buffered_inputs = figures["step"], tensors["block"]
             if self._next_block and figures["next_block"]:
                 self._next_block.restore(figures["next_block"])
+            if self._dist.is_zero3 and self._buffered_inputs:
+                self._begin_without_gradients(self._buffered_inputs[0])
         for name, values in figures.get("logs", {}).items():
             if isinstance(values, list):
                 self._logs[name].extend(values)
@@ -327,6 +330,13 @@ class Trainer(GRPOTrainer):
         reference = Path(checkpoint) / REFERENCE
         if self.args.sync_ref_model and reference.exists():
             self._load_reference(torch.load(reference, map_location="cpu", weights_only=True))
+
+    def _begin_without_gradients(self, inputs: dict) -> None:
+        """Score one row: ZeRO-3 learns the order of modules in its first pass, and fails where that has gradients."""
+        row = {name: inputs[name][:1] for name in inputs if name.endswith(("_ids", "_mask"))}
+        ids, mask = (torch.cat([row[f"prompt_{part}"], row[f"completion_{part}"]], dim=1) for part in ("ids", "mask"))
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            self._get_per_token_logps_and_entropies(self.model, ids, mask, inputs["completion_ids"].shape[1])
 
     def _load_reference(self, weights: dict[str, torch.Tensor]) -> None:
         parameters = dict(self.ref_model.named_parameters())

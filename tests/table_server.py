@@ -1,6 +1,8 @@
 """A vLLM server of the tests' own: it answers TRL's requests from a table, and knows which weights it was given."""
 
 import json
+import os
+import sys
 import threading
 import time
 import zlib
@@ -14,7 +16,7 @@ from trl.generation import vllm_generation
 
 from grpo_launcher.callbacks import RunLog
 from grpo_launcher.config import build_dataclasses, load_config
-from grpo_launcher.runs import last_checkpoint
+from grpo_launcher.runs import last_checkpoint, read_metrics
 from grpo_launcher.trainer import build_trainer
 from grpo_launcher.weight_sync import DiskSyncClient
 
@@ -153,9 +155,21 @@ def rate(completion_ids, **columns) -> list[float]:
     return [float(sum(ids)) for ids in completion_ids]
 
 
+CLOCK = {"time", "step_time", "overlap/trainer_waited_seconds", "overlap/server_idle_seconds"}
+CLOCK |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+
+
+def curve(folder: Path) -> list[dict]:
+    """Return the lines of a run without the seconds."""
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read_metrics(folder)]
+
+
 def train_at(url: str, model: Path, folder: Path, flags: list[str]) -> None:
-    """Train beside a server that another process has opened, from the last checkpoint on where there is one."""
-    checkpoint = last_checkpoint(folder)
+    """Train beside a server that another process has opened, from the last checkpoint on where there is one.
+
+    This process may be one of several ranks.
+    """
+    checkpoint = last_checkpoint(folder, int(os.environ.get("WORLD_SIZE", "1")))
     train_beside(TableServer.at(url), model, folder, *flags, resume=checkpoint and str(checkpoint))
 
 
@@ -191,3 +205,7 @@ def train_beside(server: TableServer, model: Path, folder: Path, *flags: str, st
         trainer.train(resume_from_checkpoint=resume)
     finally:
         vllm_generation.VLLMClient = client  # build_trainer replaces it
+
+
+if __name__ == "__main__":
+    train_at(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -1,5 +1,7 @@
 """A vLLM server that dies and comes back: a real trainer beside one that answers from a table."""
 
+import functools
+
 import pandas
 import pytest
 from table_server import TableServer, train_beside
@@ -43,34 +45,44 @@ CASES = {  # a step asks whose weights they are, pushes, empties the cache, comp
 }
 
 
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """Returns what a run beside a server that lives logs, by its flags."""
+
+    @functools.cache
+    def train(by_weights: bool, *flags: str) -> list[tuple]:
+        folder = tmp_path_factory.mktemp("whole") / "run"
+        with TableServer(by_weights=by_weights) as server:
+            train_beside(server, model, folder, *flags)
+        return completions(folder)
+
+    return train
+
+
 @pytest.fixture(autouse=True)
 def short_pause(monkeypatch):
     monkeypatch.setattr(recovery, "PAUSE", 0.05)
 
 
 @pytest.mark.parametrize(("flags", "server"), CASES.values(), ids=CASES)
-def test_the_steps_are_those_of_a_server_that_lives(flags, server, model, tmp_path):
+def test_the_steps_are_those_of_a_server_that_lives(flags, server, model, whole, tmp_path):
     """A new server has none of the trained weights: it gets them again before it is asked again."""
     flags = [*flags, "--max_steps", "3"]
-    with TableServer(by_weights=True) as alive:
-        train_beside(alive, model, tmp_path / "whole", *flags)
     with TableServer(by_weights=True, **server) as dying:
         train_beside(dying, model, tmp_path / "lost", *flags)
     assert all(block["has_weights"] for block in dying.generations)
-    assert completions(tmp_path / "lost") == completions(tmp_path / "whole")
+    assert completions(tmp_path / "lost") == whole(True, *flags)
 
 
 @pytest.mark.parametrize("flags", [[], EVALUATION], ids=["", "evaluation"])
 @pytest.mark.parametrize("death", range(4, 11))
-def test_with_overlap_the_block_is_made_again(flags, death, model, tmp_path):
+def test_with_overlap_the_block_is_made_again(flags, death, model, whole, tmp_path):
     """Whatever the server was doing. The new block has the newest weights, so its lag is 0."""
     flags = [*flags, "--overlap", "true", "--max_steps", "4", "--save_steps", "1"]
-    with TableServer() as alive:
-        train_beside(alive, model, tmp_path / "whole", *flags)
     with TableServer(deaths=[death]) as dying:
         train_beside(dying, model, tmp_path / "lost", *flags)
     assert all(block["has_weights"] for block in dying.generations)
-    assert completions(tmp_path / "lost") == completions(tmp_path / "whole")
+    assert completions(tmp_path / "lost") == whole(False, *flags)
     lags = [line[LAG] for line in read_metrics(tmp_path / "lost") if LAG in line]
     assert len(lags) == 4 and set(lags) <= {0, 1}
 

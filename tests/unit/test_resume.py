@@ -9,15 +9,13 @@ import time
 
 import pytest
 from helpers import ROOT
-from table_server import TableServer, train_at, train_beside
+from table_server import TableServer, curve, train_at, train_beside
 from tiny_models import make_model
 from transformers import TrainerCallback
 
 from grpo_launcher.callbacks import EndOnRequest
 from grpo_launcher.runs import END_REQUEST, last_checkpoint, read_metrics
 
-CLOCK = {"time", "step_time", "overlap/trainer_waited_seconds", "overlap/server_idle_seconds"}
-CLOCK |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 STEPS, KILLS = 16, 3  # 4 steps are an epoch
 
 
@@ -37,11 +35,6 @@ def processes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # the server knows nothing of this process's path
         yield context
-
-
-def curve(folder) -> list[dict]:
-    """Return the lines of a run without the seconds."""
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in read_metrics(folder)]
 
 
 RUNS = {
