@@ -216,8 +216,7 @@ class Trainer(GRPOTrainer):
             generate = functools.partial(
                 super()._generate_single_turn, prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-            if self._recovery:
-                generate = functools.partial(self._recovery.until_answered, generate, self._push_again)
+            generate = functools.partial(self._until_answered, generate)
             return self._generate_ahead(generate) if self._next_block else generate()
         with unwrap_model_for_generation(
             self.model_wrapped,
@@ -228,9 +227,13 @@ class Trainer(GRPOTrainer):
             ids = seq2seq.sample_completions(model, prompt_ids, self.generation_config, self.eos_token_ids)
         return ids, None
 
-    def _push_again(self) -> None:
-        """Let GRPOTrainer._generate_single_turn push the weights before it generates."""
-        self._last_loaded_step = -1
+    def _until_answered(self, generate):
+        """Generate by `generate`, the stock path; again, with the weights pushed anew, where the server was lost."""
+
+        def push_again():
+            self._last_loaded_step = -1  # which GRPOTrainer._generate_single_turn compares
+
+        return self._recovery.until_answered(generate, push_again) if self._recovery else generate()
 
     def _generate(self, prompts):
         """Generate, and start the async rewards.
@@ -508,10 +511,8 @@ class Trainer(GRPOTrainer):
             return None
         share = -(-len(prompts) // ranks)
         prompts += prompts[-1:] * (share * ranks - len(prompts))
-        generate = functools.partial(
-            super()._generate_single_turn, prompts[rank * share : (rank + 1) * share], None, {}, 1
-        )
-        ids, logprobs = self._recovery.until_answered(generate, self._push_again) if self._recovery else generate()
+        own_share = prompts[rank * share : (rank + 1) * share]
+        ids, logprobs = self._until_answered(functools.partial(super()._generate_single_turn, own_share, None, {}, 1))
         start = sum(len(rank_prompts) for rank_prompts in prompts_by_rank[:rank])
         own = slice(start, start + len(prompt_ids))
         return gather_object(ids)[own], None if logprobs is None else gather_object(logprobs)[own]

@@ -281,7 +281,7 @@ class Ranks:
             gather=lambda tensor: torch.tensor(self.gather_object(tensor.tolist())),
         )
         made.model, made.is_seq2seq, made.use_vllm = SimpleNamespace(training=True), False, True
-        made._in_tool_loop, made._metrics = False, {"train": defaultdict(list)}
+        made._in_tool_loop, made._recovery, made._metrics = False, None, {"train": defaultdict(list)}
         return made
 
 
