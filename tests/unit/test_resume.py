@@ -46,6 +46,7 @@ RUNS = {
 RUNS["overlap of such blocks"] = [*RUNS["blocks of four steps"], "--overlap", "true"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(flags, model, processes, tmp_path):
     """Each KILL comes somewhere within a step, also within a save."""
