@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from grpo_launcher.callbacks import EndOnRequest
 from grpo_launcher.runs import END_REQUEST, last_checkpoint, read_metrics
 
-STEPS, KILLS = 16, 3  # 4 steps are an epoch
+STEPS, KILLS = 16, 3  # 4 steps are an epoch, and nothing is in flight at its end
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def processes():
 
 RUNS = {
     "plain": ["--save_steps", "2"],
-    "overlap": ["--save_steps", "2", "--overlap", "true"],
+    "overlap": ["--save_steps", "3", "--overlap", "true"],
     "blocks of four steps": ["--save_steps", "3", "--steps_per_generation", "2", "--num_iterations", "2"],
     "reference that follows": ["--save_steps", "3", "--sync_ref_model", "true", "--ref_model_sync_steps", "2"],
 }
