@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from transformers import TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 
 from grpo_launcher import overlap
 from grpo_launcher.errors import UserError, did_you_mean
@@ -138,11 +137,14 @@ class EndOnRequest(TrainerCallback):
             (self.folder / END_REQUEST).unlink(missing_ok=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Look for the request. A run that is at its end goes on to it."""
+        """Look for the request, where this step is not the last of the run or of an epoch that has more to do."""
         is_asked = [(self.folder / END_REQUEST).exists()]
         broadcast_object_list(is_asked)
-        saves_by_evaluation = control.should_evaluate and args.save_strategy == SaveStrategy.BEST
-        if is_asked[0] and state.global_step < state.max_steps and not saves_by_evaluation:
+        has_more = state.global_step >= state.max_steps
+        has_more |= control.should_evaluate and args.save_strategy == "best"
+        by_epoch = "epoch" in (args.eval_strategy, args.save_strategy, args.logging_strategy)
+        has_more |= by_epoch and float(state.epoch).is_integer()
+        if is_asked[0] and not has_more:
             self.has_ended = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):

@@ -90,15 +90,19 @@ class DiskSyncClient(VLLMClient):
             config: peft's.
             weights: as peft saves them.
         """
-        before, self.adapter = self.adapter, _new_folder()
-        config.save_pretrained(self.adapter.name)
-        save_file(weights, f"{self.adapter.name}/adapter_model.safetensors")
-        name = Path(self.adapter.name).name
-        self._adapter_request("load", lora_name=name, lora_path=self.adapter.name)
-        self.model = name
+        folder = _new_folder()
+        config.save_pretrained(folder.name)
+        save_file(weights, f"{folder.name}/adapter_model.safetensors")
+        name = Path(folder.name).name
+        self._adapter_request("load", lora_name=name, lora_path=folder.name)
+        before, self.adapter, self.model = self.adapter, folder, name
         if before:
             self._adapter_request("unload", lora_name=Path(before.name).name)
             before.cleanup()
+
+    def reset_prefix_cache(self) -> None:
+        """Let the server forget prefixes. VLLMClient.reset_prefix_cache does not tell one that failed by itself."""
+        _checked(self.session.post(f"{self.base_url}/reset_prefix_cache"))
 
     def _adapter_request(self, verb: str, **body: str) -> None:
         _checked(self.session.post(f"{self.base_url}/v1/{verb}_lora_adapter", json=body))

@@ -38,6 +38,7 @@ class TableServer:
             as the error of status 400.
         by_weights: other weights give other completions.
         deaths: numbers of the POST requests, from 0, at which the server dies. It comes back without any weights.
+        errors: numbers of those that it answers with status 500.
         changes: numbers of those after which another server takes its place, without any weights.
 
     Attributes:
@@ -52,10 +53,11 @@ class TableServer:
         before: Callable[[int], str | None] = lambda number: None,
         by_weights: bool = False,
         deaths: Iterable[int] = (),
+        errors: Iterable[int] = (),
         changes: Iterable[int] = (),
     ):
         self.delay, self.before, self.by_weights = delay, before, by_weights
-        self.deaths, self.changes = set(deaths), set(changes)
+        self.deaths, self.errors, self.changes = set(deaths), set(errors), set(changes)
         self.version, self.weights, self.generations = 0, 0, []
         self.models, self.pushed, self.requests = {"table"}, "", 0
 
@@ -74,7 +76,11 @@ class TableServer:
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
                 number, table.requests = table.requests, table.requests + 1
-                answer = None if number in table.deaths else table.respond(self.path, request)
+                answer = None
+                if number in table.errors:
+                    answer = 500, {"error": "the engine is dead"}
+                elif number not in table.deaths:
+                    answer = table.respond(self.path, request)
                 if number in table.deaths | table.changes:
                     table.models, table.weights, table.pushed = {"table"}, 0, ""
                 if answer:

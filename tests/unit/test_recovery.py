@@ -39,6 +39,8 @@ CASES = {  # a step asks whose weights they are, pushes, empties the cache, comp
     "evaluation": (EVALUATION, {"deaths": [8]}),
     "another server behind an evaluation": (EVALUATION, {"changes": [8]}),
     "another server in a step": ([], {"changes": [3]}),
+    "dead engine": ([], {"errors": [5, 6]}),
+    "first adapter": (ADAPTER, {"deaths": [0]}),
     "adapter": (ADAPTER, {"deaths": [3]}),  # load, compare, generate; later load, unload, compare, generate
     "adapters": (ADAPTER, {"deaths": [4, 8]}),
     "another server for an adapter": (ADAPTER, {"changes": [2]}),

@@ -78,34 +78,34 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_one(flags, model, p
 
 
 class Ask(TrainerCallback):
-    """Asks for the end of a run in its third step, as the launcher does after a TERM."""
+    """Asks for the end of a run in one of its steps, as the launcher does after a TERM."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, step: int):
+        self.folder, self.step = folder, step
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2:
+        if state.global_step == self.step - 1:
             (self.folder / END_REQUEST).touch()
 
 
+BY_EPOCH = ["--save_strategy", "epoch", "--eval_strategy", "epoch"]
+BEST = ["--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1", "--save_total_limit", "1"]
+BEST += ["--load_best_model_at_end", "true", "--metric_for_best_model", "reward"]
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ["--save_steps", "100"],
-        ["--save_strategy", "epoch", "--eval_strategy", "epoch"],
-        ["--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1", "--save_total_limit", "1"]
-        + ["--load_best_model_at_end", "true", "--metric_for_best_model", "reward"],
-    ],
-    ids=["", "epoch", "best"],
+    ("flags", "asked", "ended"),
+    [(["--save_steps", "100"], 3, 3), (BY_EPOCH, 3, 3), (BY_EPOCH, 4, 5), (BEST, 3, 3)],
+    ids=["", "within an epoch", "at its end", "best"],
 )
-def test_a_run_that_is_asked_to_ends_behind_a_checkpoint(flags, model, tmp_path):
+def test_a_run_that_is_asked_to_ends_behind_a_checkpoint(flags, asked, ended, model, tmp_path):
     """Nothing more is done, the checkpoint stays whatever else may be deleted, and a resumed run is the whole one."""
     folder, ending = tmp_path / "asked", EndOnRequest(tmp_path / "asked")
     with TableServer(by_weights=True) as server:
         train_beside(server, model, tmp_path / "whole", *flags)
-        train_beside(server, model, folder, *flags, callbacks=[ending, Ask(folder)])
+        train_beside(server, model, folder, *flags, callbacks=[ending, Ask(folder, asked)])
         assert ending.has_ended and not (folder / END_REQUEST).exists()
-        assert last_checkpoint(folder).name == "checkpoint-3"
-        assert [line["step"] for line in read_metrics(folder) if "reward" in line] == [1, 2, 3]
+        assert last_checkpoint(folder).name == f"checkpoint-{ended}"
+        assert [line["step"] for line in read_metrics(folder) if "reward" in line] == [*range(1, ended + 1)]
         train_at(server.url, model, folder, flags)
     assert curve(folder) == curve(tmp_path / "whole")
