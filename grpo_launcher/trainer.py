@@ -254,7 +254,6 @@ class Trainer(GRPOTrainer):
         if self.environments is not None:
             columns["environments"] = self.environments
         columns |= {"prompts": prompts, "completion_ids": generated[1], "completions": generated[3]}
-        columns["trainer_state"] = self.state
         for reward in rewards:
             reward.start(self.async_loop, **columns)
         return generated

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pandas
 from datasets import Dataset
 from trl import GRPOTrainer
 from trl.generation import vllm_generation
@@ -168,6 +169,13 @@ CLOCK |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 def curve(folder: Path) -> list[dict]:
     """Return the lines of a run without the seconds."""
     return [{name: value for name, value in line.items() if name not in CLOCK} for line in read_metrics(folder)]
+
+
+def completions(folder: Path) -> list[tuple]:
+    """Return (step, prompt, completion, reward, advantage) of all that a run logged."""
+    tables = map(pandas.read_parquet, sorted((folder / "completions").glob("*.parquet")))
+    columns = ["step", "prompt", "completion", "rate", "advantage"]
+    return [tuple(map(str, row)) for table in tables for row in table[columns].itertuples(index=False)]
 
 
 def train_at(url: str, model: Path, folder: Path, flags: list[str]) -> None:

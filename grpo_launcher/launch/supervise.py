@@ -41,8 +41,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
         The trainer's exit status; EXIT_GUARD where a guard stopped it; EXIT_RESUME where TERM did, behind a
         checkpoint; EXIT_SERVER_LOST.
     """
-    for name in (STOPPED, END_REQUEST):  # of the run that is resumed
-        (run.folder / name).unlink(missing_ok=True)
+    (run.folder / STOPPED).unlink(missing_ok=True)  # of the run that is resumed
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
     witness, screen = Witness(run), Screen(run.folder, server_url)

@@ -3,10 +3,8 @@
 import threading
 from types import SimpleNamespace
 
-import pandas
 import pytest
-from table_server import TableServer, train_beside
-from tiny_models import make_model
+from table_server import TableServer, completions, train_beside
 from transformers import TrainerCallback
 
 from grpo_launcher import overlap
@@ -14,14 +12,6 @@ from grpo_launcher.callbacks import SYNC_DIFFERENCE, RunLog, print_summary
 from grpo_launcher.runs import read_metrics
 
 STEPS_AN_EPOCH = 4  # of 2 prompts
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a small model."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model(folder, seed=0)
-    return folder
 
 
 class Ended(TrainerCallback):
@@ -44,13 +34,6 @@ def train(model, tmp_path):
         return tmp_path / name
 
     return run
-
-
-def completions(folder) -> list[tuple]:
-    """Return (step, prompt, completion, reward, advantage) of all that a run logged."""
-    tables = map(pandas.read_parquet, sorted((folder / "completions").glob("*.parquet")))
-    columns = ["step", "prompt", "completion", "rate", "advantage"]
-    return [tuple(map(str, row)) for table in tables for row in table[columns].itertuples(index=False)]
 
 
 def steps(folder) -> list[dict]:

@@ -2,10 +2,8 @@
 
 import functools
 
-import pandas
 import pytest
-from table_server import TableServer, train_beside
-from tiny_models import make_model
+from table_server import TableServer, completions, train_beside
 
 from grpo_launcher import recovery
 from grpo_launcher.overlap import LAG
@@ -13,20 +11,6 @@ from grpo_launcher.runs import read_metrics
 
 ADAPTER = ["--weight_sync", "adapter", "--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear"]
 EVALUATION = ["--eval_strategy", "steps", "--eval_steps", "1"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a small model."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model(folder, seed=0)
-    return folder
-
-
-def completions(folder) -> list[tuple]:
-    """Return step, prompt, completion and reward of all that a run logged."""
-    tables = map(pandas.read_parquet, sorted((folder / "completions").glob("*.parquet")))
-    return [tuple(map(str, row)) for table in tables for row in table[["step", "prompt", "completion", "rate"]].values]
 
 
 CASES = {  # a step asks whose weights they are, pushes, empties the cache, compares, and generates: 5 requests

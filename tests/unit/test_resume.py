@@ -10,21 +10,12 @@ import time
 import pytest
 from helpers import ROOT
 from table_server import TableServer, curve, train_at, train_beside
-from tiny_models import make_model
 from transformers import TrainerCallback
 
 from grpo_launcher.callbacks import EndOnRequest
 from grpo_launcher.runs import END_REQUEST, last_checkpoint, read_metrics
 
 STEPS, KILLS = 16, 3  # 4 steps are an epoch, and nothing is in flight at its end
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a small model."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model(folder, seed=0)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from table_server import TableServer, train_beside
-from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
 from grpo_launcher import trainer as trainer_module
@@ -13,14 +12,6 @@ from grpo_launcher.runs import read_metrics
 
 FLAGS = ["--max_steps", "3", "--learning_rate", "1e-2", "--lora_target_modules", "all-linear"]
 FLAGS += ["--vllm_importance_sampling_correction", "false", "--max_completion_length", "8"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The folder of a small model."""
-    folder = tmp_path_factory.mktemp("model")
-    make_model(folder, seed=0)
-    return folder
 
 
 class Server:
