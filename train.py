@@ -86,6 +86,9 @@ def save(trainer, run: Run, is_whole: bool) -> None:
     from grpo_launcher.report import plot_run
 
     if is_whole:
+        if trainer.is_world_process_zero():
+            push = " and pushing" if trainer.args.push_to_hub else ""
+            report_progress(run.folder, f"saving{push} the final checkpoint")
         trainer.args.output_dir = str(run.folder / FINAL)  # TRL pushes this folder, and not the run's logs and paths
         trainer.save_model()
         trainer.create_model_card()

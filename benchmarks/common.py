@@ -20,7 +20,7 @@ import psutil
 import yaml
 from helpers import write_accelerate_config
 
-from grpo_launcher.launch.hardware import free_ports
+from grpo_launcher.launch.hardware import free_ports, is_port_free
 from grpo_launcher.slow_imports import skip_deepspeed_ops, skip_vllm
 
 SHAPES = {  # layers, width, width of the MLP, heads, key-value heads, vocabulary
@@ -109,15 +109,23 @@ def write_recipe(folder: Path, shape: str, prompts: list[str], **fields) -> Path
 
 @contextlib.contextmanager
 def vllm_server(model: str, flags: list[str], environment: dict[str, str]):
-    """Start a vLLM server that gets its weights as files. Yields its address."""
+    """Start a vLLM server that gets its weights as files. Yields its address once it answers."""
     (port,) = free_ports(1)
     serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
     serve += ["--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
     serve += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
     serve += ["--worker-extension-cls", "grpo_launcher.weight_sync_worker.DiskSyncWorker"]
     environment = environment | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with subprocess.Popen(serve, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    log = Path(model).parent / "server.log"
+    with (
+        open(log, "wb") as output,
+        subprocess.Popen(serve, env=environment, stdout=output, stderr=subprocess.STDOUT) as server,
+    ):
         try:
+            while is_port_free(port):
+                if server.poll() is not None:
+                    sys.exit(f"{log.read_text()[-4000:]}\nThe vLLM server ended with {server.returncode}.")
+                time.sleep(0.5)
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()

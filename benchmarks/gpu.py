@@ -1,9 +1,10 @@
 """Colocate, server, overlap and `trl grpo` on your GPUs: `python benchmarks/gpu.py [--shapes "0.5 B" "1.5 B"]`.
 
 Random weights in the shapes of Qwen2.5, so nothing is downloaded, and every completion has its full length. Each way
-trains a few steps with the same rows, batch and reward. One GPU: colocate, a server on the same GPU that gets the
-weights as files, and `trl grpo`. Two and more: colocate, server, server with overlap, and `trl grpo`. Without a GPU
-the last three run on the CPU, to see that they work: `--shapes "1 M"`.
+trains a few steps with the same rows, batch and reward. One GPU: colocate, and a server on the same GPU that gets the
+weights as files. Two and more: colocate, server, server with overlap. Beside them `trl grpo`, as it is (transformers
+generates) and with vLLM inside. Without a GPU server, overlap and `trl grpo` run on the CPU, to see that they work:
+`--shapes "1 M"`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from grpo_launcher.launch.hardware import find_gpus
 TOKENS, BATCH = 256, 32  # of a completion; completions of a step of one GPU
 FIELDS = {"per_device_train_batch_size": BATCH, "max_completion_length": TOKENS, "learning_rate": 1e-6}
 PROMPTS = [f"What of the cat number {number}? " + "It waits. " * 30 for number in range(256)]  # some 200 tokens
+STOCK_VLLM = "trl grpo, vLLM"
 SHARED = ["--gpu-memory-utilization", "0.35", "--dtype", "bfloat16", "--max-model-len", "1024"]
 
 
@@ -53,8 +55,9 @@ def measure(way: str, recipe: Path) -> dict:
     flags = {"colocate": ["--colocate"], "server": [], "overlap": ["--overlap", "true"]}
     with contextlib.ExitStack() as stack:
         memory = stack.enter_context(gpu_memory())
-        if way == "trl grpo":
+        if way.startswith("trl grpo"):
             command = [TRL, "grpo", "--config", str(recipe), "--output_dir", str(folder)]
+            command += ["--use_vllm", "true", "--vllm_mode", "colocate"] if way == STOCK_VLLM else []
             pattern = STOCK_STEP
         elif way == "server beside":
             url = stack.enter_context(vllm_server(str(recipe.parent / "model"), SHARED, os.environ.copy()))
@@ -80,8 +83,8 @@ def measure(way: str, recipe: Path) -> dict:
 def main() -> None:
     """Print the table."""
     gpus = len(find_gpus())
-    ways = ["colocate", "server", "overlap", "trl grpo"] if gpus > 1 else ["colocate", "server beside", "trl grpo"]
-    ways = ways if gpus else ["server", "overlap", "trl grpo"]
+    ways = ["colocate", "server", "overlap"] if gpus > 1 else ["colocate", "server beside"]
+    ways = [*ways, "trl grpo", STOCK_VLLM] if gpus else ["server", "overlap", "trl grpo"]
     command = parser(__doc__)
     command.add_argument("--shapes", nargs="+", choices=SHAPES, default=["0.5 B", "1.5 B"], help="models")
     command.add_argument("--ways", nargs="+", choices=ways, default=ways, help="default: all that fit the machine")

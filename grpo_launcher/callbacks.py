@@ -92,6 +92,11 @@ class RunLog(TrainerCallback):
             work = "evaluating" if control.should_evaluate else "saving a checkpoint"
             report_progress(self.folder, f"step {state.global_step}: {work}")
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Let the launcher see that an evaluation goes on."""
+        if state.is_world_process_zero:
+            report_progress(self.folder, f"step {state.global_step}: evaluating")
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write the line and print it."""
         if not state.is_world_process_zero or "train_runtime" in logs:

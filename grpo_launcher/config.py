@@ -51,7 +51,7 @@ RANGES = {
         "temperature", "repetition_penalty", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"]),
     "at least 0": (lambda n: n >= 0, [
         "learning_rate", "beta", "epsilon", "epsilon_high", "weight_decay", "max_grad_norm", "warmup_steps",
-        "sample_every", "reward_timeout", "max_server_restarts", "max_tool_calling_iterations",
+        "sample_every", "reward_timeout", "max_server_restarts", "max_restarts", "max_tool_calling_iterations",
         "vllm_server_timeout"]),
     "more than 0 and at most 1": (lambda n: 0 < n <= 1, ["top_p", "vllm_gpu_memory_utilization"]),
     "from 0 to 1": (lambda n: 0 <= n <= 1, ["min_p", "top_entropy_quantile", "lora_dropout"]),
@@ -101,6 +101,9 @@ class Recipe(ScriptArguments):
     )
     max_server_restarts: int = field(
         default=3, **_help("How often a vLLM server that was lost is started again, where it gets weights as files.")
+    )
+    max_restarts: int = field(
+        default=0, **_help("How often a run that lost a process, or hung, is started again from its last checkpoint.")
     )
     tools: list[str] | None = field(
         default=None, **_help("Tools that the model may call, named like rewards: grpo_launcher.tools.calculator.")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 EXIT_REFUSED = 2  # exit status of a command that refused what it was asked
 EXIT_GUARD = 3  # exit status of a run that a guard stopped
+EXIT_LOST = 69  # exit status of a run that lost a process or hung, so that --resume may help: EX_UNAVAILABLE
 EXIT_RESUME = 75  # exit status of a run that TERM has stopped behind a checkpoint: EX_TEMPFAIL of sysexits.h
 
 

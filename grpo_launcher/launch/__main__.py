@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from grpo_launcher import hub, runs
-from grpo_launcher.errors import EXIT_REFUSED, UserError, first_line
+from grpo_launcher.errors import EXIT_LOST, EXIT_REFUSED, UserError, first_line
 from grpo_launcher.launch import commands, doctor
 from grpo_launcher.launch.arguments import named_fields, parse
 from grpo_launcher.launch.hardware import find_hardware
@@ -86,12 +86,21 @@ def launch(options, flags: list[str]) -> int:
 
 
 def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware) -> int:
-    """Fetch the model, find free ports, write the run folder, and run. The ports are taken soon after."""
+    """Fetch the model, find free ports, write the run folder, and run. The ports are taken soon after.
+
+    A run that was lost is started again from its last whole checkpoint, or from its beginning where it has none.
+    """
     _download(report.values["model_name_or_path"], report.values["model_revision"])
-    rendezvous = commands.choose_ports(report)
-    run = _write_run(report, resumed, options, hardware, rendezvous)
-    url = commands.server_url(report.values) if report.layout.starts_server else None
-    return supervise(run, url, report.values["vllm_server_timeout"])
+    for left in reversed(range(report.values["max_restarts"] + 1)):
+        rendezvous = commands.choose_ports(report)
+        resumed = _write_run(report, resumed, options, hardware, rendezvous)
+        url = commands.server_url(report.values) if report.layout.starts_server else None
+        status = supervise(resumed, url, report.values["vllm_server_timeout"])
+        if status != EXIT_LOST:
+            break
+        if left:
+            print(f"The run is started again (max_restarts: {left} left).", flush=True)
+    return status
 
 
 def _default_recipes(hardware: Hardware) -> list[str]:
@@ -189,7 +198,8 @@ def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
 
 # What a resumed run may change without --force: how long it goes on, where, and what it evaluates, shows and keeps.
 FREE = ["output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "prepare", "run_name", "guards"]
-FREE += ["sample_every", "max_server_restarts", "per_device_eval_batch_size", "num_generations_eval"]
+FREE += ["sample_every", "per_device_eval_batch_size", "num_generations_eval"]
+FREE += ["max_restarts", "max_server_restarts", "ddp_timeout"]
 FREE += ["dataset_test_split", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"]
 FREE += ["vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"]
 FREE_PREFIXES = ("eval_", "hub_", "log_", "logging_", "num_completions_", "push_", "report_", "save_")

@@ -15,15 +15,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from grpo_launcher.errors import EXIT_GUARD, EXIT_RESUME
+from grpo_launcher.errors import EXIT_GUARD, EXIT_LOST, EXIT_RESUME
 from grpo_launcher.launch.hardware import GIB, cgroup
 from grpo_launcher.launch.processes import descendants, first_term, start, start_undertaker, stop, watch_over
+from grpo_launcher.launch.stuck import LOOK, Deadline, Generation, vllm_load, write_stacks
 from grpo_launcher.runs import END_REQUEST, PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
-EXIT_SERVER_LOST = 1
 # In a traceback: Python and torch on a GPU (OutOfMemoryError), torch on a CPU, C++
 OUT_OF_MEMORY = re.compile(r"MemoryError|(can't|[Uu]nable to|Cannot) allocate memory|bad_alloc")
+NOISE = re.compile(r"destroy_process_group|torch/distributed/elastic/multiprocessing")  # behind any failure of a rank
+# In an exception: another process, or the connection to it, has gone
+LOST = re.compile(r"Dist(Backend|Network|Store)Error|AcceleratorError|NCCL|gloo|the vLLM server was lost")
 SILENCE = 10.0  # seconds without a line until the console says what goes on; six times as long in a file
 
 
@@ -39,7 +42,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
 
     Returns:
         The trainer's exit status; EXIT_GUARD where a guard stopped it; EXIT_RESUME where TERM did, behind a
-        checkpoint; EXIT_SERVER_LOST.
+        checkpoint; EXIT_LOST where a process of the run was lost or nothing went on, so that another start may help.
     """
     (run.folder / STOPPED).unlink(missing_ok=True)  # of the run that is resumed
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
@@ -69,14 +72,16 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
             trainer = start_child("trainer", stdout=subprocess.PIPE, stderr=train_log)
             echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log, screen), daemon=True)
             echo.start()
-            status = _watch(screen, trainer, server)
+            status = _watch(screen, trainer, server, Deadline(run.folder, run.values["ddp_timeout"]))
             if status is None:
-                return EXIT_SERVER_LOST
+                return EXIT_LOST if server is None or server.was_up else 1  # one that never came up never will
             echo.join(5)
             if (run.folder / STOPPED).exists():
                 return EXIT_GUARD
             if status:
-                screen.fail(witness.failed(status))
+                message, is_lost = witness.failed(status)
+                screen.fail(message)
+                return EXIT_LOST if is_lost else status
             elif screen.was_asked and not (run.folder / END_REQUEST).exists():
                 screen.fail("Stopped by TERM, with a checkpoint of the last step. To go on from it: add --resume.")
                 return EXIT_RESUME
@@ -112,12 +117,15 @@ class Server:
     def _start(self) -> None:
         self.process, self.is_up, self.last_check = self.begin(), False, 0.0
         self.started = self.last_healthy = self.last_message = time.monotonic()
+        self.generation = Generation(self.url)
 
     def is_lost(self) -> bool:
         """Look after it. Returns whether the run must end because it is lost."""
         message = self._trouble()
         if message is None:
             return False
+        if self.process.poll() is None:
+            message += f"\n{write_stacks(self.witness.folder, self.process.pid)}"
         if not self.restarts or not self.was_up:
             self.screen.fail(message)
             return True
@@ -136,7 +144,7 @@ class Server:
             if status < 0:
                 return self.witness.killed("The vLLM server", -status, self.process.pid, "server.log")
             return self._describe(f"ended with exit status {status}")
-        if now - self.last_check > (10 if self.is_up else 1):
+        if now - self.last_check > (LOOK if self.is_up else 1):
             self.last_check = now
             if _is_healthy(self.url):
                 self.last_healthy = time.monotonic()
@@ -149,6 +157,9 @@ class Server:
             self.screen.show(f"Waiting for the vLLM server ({now - self.started:.0f} s): {last_line}\n")
         if now - self.last_healthy > (UNHEALTHY_LIMIT if self.is_up else self.timeout):
             return self._describe(f"gave no healthy answer for {now - self.last_healthy:.0f} s")
+        if self.is_up:
+            self.generation.look()
+            return (trouble := self.generation.trouble()) and self._describe(trouble)
         return None
 
     def _describe(self, what: str) -> str:
@@ -198,13 +209,17 @@ class Witness:
             file.seek(self.starts[name])
             return file.read().decode(errors="replace")
 
-    def failed(self, status: int) -> str:
-        """Say why the trainer failed: the signal that ended a rank first, or else the first traceback."""
+    def failed(self, status: int) -> tuple[str, bool]:
+        """Say why the trainer failed: the signal that ended a rank first, or else the first traceback.
+
+        Returns:
+            The message, and whether the cause lies outside the recipe and the user's code.
+        """
         # torchrun's report, whose own traceback says less
         log = self.log("train.log")
         report = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", log)
         if report:
-            return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log")
+            return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log"), True
         memory = self.out_of_memory()
         if not memory and OUT_OF_MEMORY.search(first_traceback(log)):
             memory = f" The memory had run out.{self.remedy}"
@@ -215,7 +230,8 @@ class Witness:
         if self.first_anomaly == "server.log":
             before = self.with_traceback("The vLLM server had failed before it.", "server.log")
             message = f"{before}\n\n{message}"
-        return self.with_traceback(message, "train.log")
+        exception = re.sub(r"(?m)^(\[rank\d+\]: )?\s.*", "", first_traceback(log))
+        return self.with_traceback(message, "train.log"), bool(LOST.search(exception))
 
     def killed(self, who: str, number: int, pid: int, log: str) -> str:
         """Say which signal ended a process, and for KILL whether the memory had run out."""
@@ -295,7 +311,7 @@ class Screen:
             return
         seconds = time.time() - self.progress.stat().st_mtime
         work = self.progress.read_text(encoding="utf-8")
-        if "generating" in work and self.server_url and (left := _completions_left(self.server_url)):
+        if "generating" in work and self.server_url and (left := vllm_load(self.server_url)[0]):
             work += f", {left} of them left"
         text = f"  {work} ({seconds:.0f} s)"
         if self.is_terminal:
@@ -312,28 +328,20 @@ def _echo(pipe, log, screen: Screen) -> None:
         screen.show(line.decode(errors="replace"))
 
 
-def _watch(screen: Screen, trainer: subprocess.Popen, server: Server | None) -> int | None:
-    """Wait for the trainer's end. Returns its exit status, or None where the server was lost first."""
+def _watch(screen: Screen, trainer: subprocess.Popen, server: Server | None, deadline: Deadline) -> int | None:
+    """Wait for the trainer's end. Returns its exit status, or None where the server was lost or nothing went on."""
     last_told = time.monotonic()
     while (status := trainer.poll()) is None:
         time.sleep(0.2)
         if time.monotonic() - last_told > 1:
             last_told = time.monotonic()
             screen.tell()
+            if trouble := deadline.trouble(server):
+                screen.fail(f"{trouble}\n{write_stacks(screen.folder, server and server.process.pid)}")
+                return None
         if server and server.is_lost():
             return None
     return status
-
-
-def _completions_left(url: str) -> int:
-    """Return how many completions a vLLM server works on or will; 0 where it does not say."""
-    try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=1) as answer:
-            metrics = answer.read().decode()
-    except OSError:
-        return 0
-    counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", metrics, re.MULTILINE)
-    return round(sum(map(float, counts)))
 
 
 def _is_healthy(url: str) -> bool:
@@ -357,4 +365,5 @@ def first_traceback(log: str) -> str:
         return "\n".join(lines[-25:])
     rest = (i for i in range(first + 1, len(lines)) if not re.match(r"\s|$", re.sub(r"^\[rank\d+\]: ", "", lines[i])))
     end = next(rest, len(lines))  # the line of the exception itself, which must not be cut off
-    return "\n".join(lines[max(first, end - 40) : end + 5])
+    noise = (i for i in range(end, min(end + 5, len(lines))) if NOISE.search(lines[i]))
+    return "\n".join(lines[max(first, end - 40) : next(noise, end + 5)])

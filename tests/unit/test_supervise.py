@@ -17,8 +17,8 @@ import pytest
 import yaml
 from helpers import ROOT, Launch
 
-from grpo_launcher.errors import EXIT_RESUME
-from grpo_launcher.launch import commands, processes
+from grpo_launcher.errors import EXIT_LOST, EXIT_RESUME
+from grpo_launcher.launch import commands, processes, stuck
 from grpo_launcher.launch import supervise as supervise_module
 from grpo_launcher.launch.supervise import first_traceback, supervise
 from grpo_launcher.runs import Run
@@ -30,6 +30,17 @@ class Health(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", int(PORT)), Health).serve_forever()
+"""
+COUNTS = """
+import http.server, itertools, time
+tokens = itertools.count(step=STEP)
+class Counts(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        for name, count in {"num_requests_running": REQUESTS, "generation_tokens_total": next(tokens)}.items():
+            self.wfile.write(f'vllm:{name}{{engine="0"}} {count}\\n'.encode())
+http.server.HTTPServer(("127.0.0.1", int(PORT)), Counts).serve_forever()
 """
 IGNORE_TERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 STAY = "import time; time.sleep(300)"
@@ -68,13 +79,14 @@ def run(tmp_path, monkeypatch, capfd):
     def command(code: str) -> dict:
         return {"argv": [sys.executable, "-I", "-S", "-u", "-c", code], "env": {}}
 
-    def start(trainer: str, server: str | None = None, timeout: float = 30, restarts: int = 0) -> int:
+    def start(trainer: str, server: str | None = None, timeout: float = 30, restarts: int = 0, ddp: int = 900) -> int:
         port = free_port()
         commands = {"trainer": command(trainer)}
         if server:
             commands["server"] = command(server.replace("PORT", str(port)))
         plan = {"plan": ["memory: 0.1 GiB", "context: 2"], "lighter": "--per_device_train_batch_size 4"}
-        stub = Run(tmp_path, "stub", {"max_server_restarts": restarts}, [], commands=commands, **plan)
+        values = {"max_server_restarts": restarts, "ddp_timeout": ddp}
+        stub = Run(tmp_path, "stub", values, [], commands=commands, **plan)
         status = supervise(stub, f"http://127.0.0.1:{port}" if server else None, timeout)
         assert started and all(child.poll() is not None for child in started)
         assert list((tmp_path / "shm").iterdir()) == []
@@ -162,7 +174,7 @@ def test_a_server_that_ends_ends_the_trainer(is_memory, run, tmp_path, capfd, mo
     """The kernel may end the server's engine alone, a process of its own, after which the server ends by itself."""
     counts = iter([3, 4 if is_memory else 3])
     monkeypatch.setattr(supervise_module, "memory_kills", lambda: next(counts))
-    assert run(STAY, FAIL) == supervise_module.EXIT_SERVER_LOST
+    assert run(STAY, FAIL) == 1
     errors = capfd.readouterr().err
     assert ("The memory had run out" in errors) == ("per_device_train_batch_size" in errors) == is_memory
     assert "server ended with exit status 1" in errors and str(tmp_path / "server.log") in errors
@@ -170,7 +182,7 @@ def test_a_server_that_ends_ends_the_trainer(is_memory, run, tmp_path, capfd, mo
 
 
 def test_a_server_that_never_is_healthy_ends_the_trainer(run, capfd):
-    assert run(STAY, STAY, timeout=0.3) == supervise_module.EXIT_SERVER_LOST
+    assert run(STAY, STAY, timeout=0.3) == 1
     assert "no healthy answer" in capfd.readouterr().err
 
 
@@ -194,9 +206,11 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
     witness = SimpleNamespace(folder=tmp_path, with_traceback=lambda message, log: message, out_of_memory=lambda: "")
     screen = SimpleNamespace(tell=lambda: None, show=lambda text: None, fail=lambda text: None)
-    process = SimpleNamespace(poll=lambda: None)
-    server = supervise_module.Server(lambda: process, "url", 900, 0, witness, screen)
-    assert supervise_module._watch(screen, trainer, server) == status
+    process = SimpleNamespace(poll=lambda: None, pid=0)
+    server = supervise_module.Server(lambda: process, "http://127.0.0.1:9", 900, 0, witness, screen)
+    deadline = SimpleNamespace(trouble=lambda server: None)
+    monkeypatch.setattr(supervise_module, "write_stacks", lambda folder, server: "")
+    assert supervise_module._watch(screen, trainer, server, deadline) == status
     assert seconds[0] == pytest.approx(end, abs=11)
 
 
@@ -226,7 +240,7 @@ def test_a_server_that_was_up_is_started_again(deaths, restarts, starts, run, tm
     """As often as the recipe says, with the reason. After that the run ends."""
     codes = [code.replace("FOLDER", str(tmp_path)).replace("DEATHS", str(deaths)) for code in (WAITS, DIES)]
     is_enough = deaths <= restarts
-    assert run(*codes, restarts=restarts) == (0 if is_enough else supervise_module.EXIT_SERVER_LOST)
+    assert run(*codes, restarts=restarts) == (0 if is_enough else EXIT_LOST)
     assert (tmp_path / "starts").read_text() == "x" * starts
     out, errors = capfd.readouterr()
     assert out.count("The vLLM server is started again") == starts - 1
@@ -236,7 +250,7 @@ def test_a_server_that_was_up_is_started_again(deaths, restarts, starts, run, tm
 
 def test_a_server_that_never_was_up_is_not_started_again(run, capfd):
     """It would fail again."""
-    assert run(STAY, FAIL, restarts=3) == supervise_module.EXIT_SERVER_LOST
+    assert run(STAY, FAIL, restarts=3) == 1
     assert "started again" not in capfd.readouterr().out
 
 
@@ -286,7 +300,7 @@ def test_a_rank_that_is_killed_is_named_with_the_reason(is_memory, run, tmp_path
     (tmp_path / "train.log").write_text("failed (exitcode: -9) local_rank: 7 (pid: 1) of binary: env\n")
     counts = iter([3, 4 if is_memory else 3])
     monkeypatch.setattr(supervise_module, "memory_kills", lambda: next(counts))
-    assert run(KILLED) == 1
+    assert run(KILLED) == EXIT_LOST
     errors = capfd.readouterr().err
     assert "Rank 1 was ended by signal 9 (SIGKILL). It held up to 0.3 GiB." in errors and "Traceback" not in errors
     assert ("The memory had run out" in errors) == ("per_device_train_batch_size" in errors) == is_memory
@@ -309,7 +323,7 @@ def test_accelerate_tells_which_rank_was_killed(parallel, ranks, who, run, tmp_p
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{tmp_path}/accelerate.yaml"]
     words += ["--no_python", sys.executable, "-c", RANK.replace("LAST", str(ranks - 1))]
-    assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == 1
+    assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == EXIT_LOST
     assert f"{who} was ended by signal 9 (SIGKILL)." in capfd.readouterr().err
 
 
@@ -339,7 +353,7 @@ def test_a_rank_that_takes_too_much_memory_is_named(memory_group, run, tmp_path,
     """The kernel really ends it, and torchrun really reports it."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     words += ["--no_python", sys.executable, "-c", GREEDY.replace("GROUP", str(memory_group))]
-    assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == 1
+    assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == EXIT_LOST
     errors = capfd.readouterr().err
     assert "Rank 1 was ended by signal 9 (SIGKILL)." in errors
     assert "The memory had run out" in errors and "The plan said memory: 0.1 GiB." in errors
@@ -351,6 +365,81 @@ def test_memory_that_is_refused_is_told_with_the_traceback(run, capfd):
     assert run(f"import os; os.execv('/bin/bash', ['bash', '-c', {code!r}])") == 1
     errors = capfd.readouterr().err
     assert "The memory had run out. The plan said memory: 0.1 GiB." in errors and "you tried to allocate" in errors
+
+
+STUCK = """
+import os, signal, subprocess, sys, time
+waits = "import time\\ndef wait_for_the_other(): print(flush=True); time.sleep(300)\\nwait_for_the_other()"
+stops = "import os; print(flush=True); os.kill(os.getpid(), 19)"
+for rank, code in enumerate([waits, stops]):
+    environment = os.environ | {"RANK": str(rank)}
+    child = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE)
+    child.stdout.readline()
+open("FOLDER/progress.txt", "w").write("step 3: training")
+time.sleep(300)
+"""
+
+
+def test_a_rank_that_hangs_is_named(run, tmp_path, capfd):
+    """Within nine tenths of ddp_timeout. py-spy reads the stacks, of a process that is stopped too."""
+    assert run(STUCK.replace("FOLDER", str(tmp_path)), ddp=6) == EXIT_LOST
+    errors = capfd.readouterr().err
+    assert "step 3: training" in errors and "ddp_timeout" in errors
+    rank_0, rank_1 = re.findall("^  rank (.*)", errors, re.MULTILINE)
+    assert "wait_for_the_other" in rank_0 and "stopped (SIGSTOP" in rank_1
+    assert "wait_for_the_other" in (tmp_path / "stacks.txt").read_text()
+
+
+def test_signs_of_life_put_the_deadline_off(tmp_path, monkeypatch):
+    """Another line in progress.txt, or a token. A server's start and a push to the Hub have deadlines of their own.
+
+    By a clock of the test's own: 90 s are the limit.
+    """
+    seconds = [0.0]
+    monkeypatch.setattr(stuck, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    server = SimpleNamespace(is_up=True, generation=SimpleNamespace(tokens=1.0))
+    deadline, progress = stuck.Deadline(tmp_path, 100), tmp_path / "progress.txt"
+
+    def trouble_after(wait: float) -> bool:
+        seconds[0] += wait
+        return deadline.trouble(server) is not None
+
+    assert not trouble_after(50)
+    progress.write_text("step 1: training")
+    os.utime(progress, ns=(1, 1))
+    assert not trouble_after(89)
+    server.generation.tokens += 1
+    assert not trouble_after(89)
+    os.utime(progress, ns=(2, 2))
+    assert not trouble_after(89) and not trouble_after(89) and trouble_after(2)
+    server.is_up = False
+    assert not trouble_after(500)
+    server.is_up = True
+    assert not trouble_after(89) and trouble_after(2)
+    progress.write_text("saving and pushing the final checkpoint")
+    assert not trouble_after(500) and not trouble_after(500)
+
+
+def test_a_server_that_is_stopped_is_lost(run, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(supervise_module, "UNHEALTHY_LIMIT", 1)
+    monkeypatch.setattr(supervise_module, "LOOK", 0.1)
+    answers = "        self.end_headers()\n"
+    stops = "import os\n" + HEALTHY.replace(answers, f"{answers}        os.kill(os.getpid(), 19)\n")
+    assert run(STAY, stops) == EXIT_LOST
+    errors = capfd.readouterr().err
+    assert "gave no healthy answer" in errors and re.search("the vLLM server, process .*stopped", errors)
+    assert "the vLLM server" in (tmp_path / "stacks.txt").read_text()
+
+
+@pytest.mark.parametrize(("step", "requests"), [(0, 2), (1, 2), (0, 0)], ids=["hangs", "generates", "idles"])
+def test_a_server_is_judged_by_its_tokens(step, requests, run, capfd, monkeypatch):
+    """One that answers and makes none is lost, unless nothing is asked of it."""
+    monkeypatch.setattr(stuck, "GENERATION_LIMIT", 1)
+    monkeypatch.setattr(stuck, "LOOK", 0.1)
+    server = COUNTS.replace("STEP", str(step)).replace("REQUESTS", str(requests))
+    is_stuck = (step, requests) == (0, 2)
+    assert run(STAY if is_stuck else "import time; time.sleep(4)", server) == (EXIT_LOST if is_stuck else 0)
+    assert ("has made no token" in capfd.readouterr().err) == is_stuck
 
 
 SERVER_FAILS = """
@@ -374,10 +463,10 @@ def test_what_failed_first_is_told_first(is_first, run, capfd):
 
 def test_a_server_that_is_killed_is_named(run, capfd):
     """A signal that Python reports itself comes with its traceback."""
-    assert run(STAY, "import os; os.kill(os.getpid(), 9)") == supervise_module.EXIT_SERVER_LOST
+    assert run(STAY, "import os; os.kill(os.getpid(), 9)") == 1
     assert "The vLLM server was ended by signal 9 (SIGKILL)." in capfd.readouterr().err
     abort = "import os, faulthandler; faulthandler.enable(); os.abort()"
-    assert run(STAY, abort) == supervise_module.EXIT_SERVER_LOST
+    assert run(STAY, abort) == 1
     errors = capfd.readouterr().err
     assert "signal 6 (SIGABRT)" in errors and "Fatal Python error: Aborted" in errors
 
@@ -422,7 +511,7 @@ LAYOUT |= {{"use_vllm": True, "starts_server": True}}
 VALUES = dict.fromkeys(["output_dir", "model_revision", "trust_remote_code", "vllm_max_model_length", "bf16", "fp16"])
 VALUES |= dict.fromkeys(["dtype", "vllm_server_args", "resume_from_checkpoint"])
 VALUES |= {{"model_name_or_path": ".", "weight_sync": "disk", "vllm_server_timeout": 60}}
-VALUES |= {{"max_server_restarts": 0}}
+VALUES |= {{"max_server_restarts": 0, "max_restarts": 1, "ddp_timeout": 900}}
 REPORT = {{"name": "stub", "values": VALUES, "given": [], "layout": LAYOUT, "model": None, "data": {{"columns": []}}}}
 
 
@@ -440,6 +529,14 @@ if module == "preflight":
         REPORT |= {{"missing": ["dataset_name: nothing"], "values": VALUES | {{"prepare": "prepare"}}}}
     import json
     print(json.dumps(REPORT))
+elif stage in ("lost", "lost again", "failed") and not module.startswith("vllm"):
+    starts = pathlib.Path("starts")
+    starts.write_text(starts.read_text() + "x" if starts.exists() else "x")
+    pathlib.Path(f"at-{{stage}}").touch()
+    if stage == "failed":
+        raise ValueError("the reward has an error")
+    if stage == "lost again" or starts.read_text() == "x":
+        sys.exit("DistNetworkError: a rank has gone")
 elif stage == "loading" and not module.startswith("vllm"):
     time.sleep(300)
 elif module.startswith("vllm") and stage == "training":
@@ -521,3 +618,15 @@ def test_a_run_under_nohup_goes_on_without_its_terminal(start):
     launched = start("training", "nohup")
     os.kill(launched.process.pid, signal.SIGHUP)
     assert again_and_again(launched, signal.SIGTERM) == 128 + signal.SIGTERM and launched.leftovers() == []
+
+
+STARTS = [("lost", 0, 2), ("lost again", EXIT_LOST, 2), ("failed", 1, 1)]
+
+
+@pytest.mark.parametrize(("stage", "status", "starts"), STARTS)
+def test_a_run_that_was_lost_is_started_again(stage, status, starts, start, tmp_path):
+    """As often as `max_restarts` says, which is 1 here. An error in a reward would only come again."""
+    launched = start(stage).finish(status, timeout=60)
+    assert (tmp_path / "starts").read_text() == "x" * starts and launched.leftovers() == []
+    assert launched.text().count("The run is started again") == starts - 1
+    assert len(list((tmp_path / "trainOutput/stub").glob("[0-9]*"))) == 1
