@@ -92,8 +92,8 @@ def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: H
     """
     _download(report.values["model_name_or_path"], report.values["model_revision"])
     for left in reversed(range(report.values["max_restarts"] + 1)):
-        rendezvous = commands.choose_ports(report)
-        resumed = _write_run(report, resumed, options, hardware, rendezvous)
+        commands.choose_ports(report)
+        resumed = _write_run(report, resumed, options, hardware)
         url = commands.server_url(report.values) if report.layout.starts_server else None
         status = supervise(resumed, url, report.values["vllm_server_timeout"])
         if status != EXIT_LOST:
@@ -242,9 +242,7 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _write_run(
-    report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware, rendezvous: int
-) -> runs.Run:
+def _write_run(report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware) -> runs.Run:
     """Make the run folder with run.json, recipe.yaml and accelerate.yaml."""
     values, layout = report.values, report.layout
     checkpoint = None
@@ -277,7 +275,7 @@ def _write_run(
         prompts_mark=report.data.prompts_mark,
     )
     run.write()
-    accelerate = commands.accelerate_config(values, layout, rendezvous)
+    accelerate = commands.accelerate_config(values, layout)
     (folder / runs.ACCELERATE_FILE).write_text(yaml.safe_dump(accelerate), encoding="utf-8")
     print(f"Run: {folder}" + (f", from {checkpoint.name}" if checkpoint else ""), flush=True)
     return run
@@ -315,7 +313,7 @@ def _print_plan(report: Report) -> None:
 
 
 def _print_commands(report: Report, hardware: Hardware) -> None:
-    rendezvous = commands.choose_ports(report, check=False)
+    commands.choose_ports(report, check=False)
     folder = Path(report.values["output_dir"] or runs.ROOT / report.name / "N")
     shown = {"trainer": commands.trainer_command(report.layout, hardware, folder)}
     if report.layout.starts_server:
@@ -324,7 +322,7 @@ def _print_commands(report: Report, hardware: Hardware) -> None:
     for title, command in shown.items():
         environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in command.env.items())
         print(f"{title}:\n  {environment}\n  {shlex.join(command.argv)}")
-    accelerate = yaml.safe_dump(commands.accelerate_config(report.values, report.layout, rendezvous)).strip()
+    accelerate = yaml.safe_dump(commands.accelerate_config(report.values, report.layout)).strip()
     print(f"{runs.ACCELERATE_FILE}:\n  " + accelerate.replace("\n", "\n  "))
     for line in report.missing:
         print(f"Before it can run: {line}")

@@ -25,13 +25,13 @@ class Command:
     env: dict[str, str]
 
 
-def choose_ports(report: Report, check: bool = True) -> int:
-    """Fill the server's address and ports into the report's values, and return a port for the ranks' rendezvous.
+def choose_ports(report: Report, check: bool = True) -> None:
+    """Fill the server's address and ports into the report's values.
 
     Raises:
         UserError: a given port is taken (not looked at with check=False, for a plan).
     """
-    ports = free_ports(3)
+    ports = free_ports(2)
     if report.layout.starts_server:
         if "vllm_server_host" not in report.given:
             report.values["vllm_server_host"] = HOST
@@ -40,14 +40,13 @@ def choose_ports(report: Report, check: bool = True) -> int:
                 report.values[name] = port
             elif check and not is_port_free(report.values[name]):
                 raise UserError(name, f"port {report.values[name]} is taken", "leave it out: a free port is found")
-    return ports[2]
 
 
-def accelerate_config(values: dict, layout: Layout, port: int) -> dict:
-    """Return zero3.yaml or ddp.yaml with ranks, port and precision filled in."""
+def accelerate_config(values: dict, layout: Layout) -> dict:
+    """Return zero3.yaml or ddp.yaml with ranks and precision filled in. The ranks meet at a port of their own."""
     config = yaml.safe_load((PROJECT / f"{layout.parallel}.yaml").read_text(encoding="utf-8"))
     precision = next((name for name in ("bf16", "fp16") if values[name]), "no")
-    config |= {"num_processes": layout.ranks, "main_process_port": port, "mixed_precision": precision}
+    config |= {"num_processes": layout.ranks, "main_process_port": 0, "mixed_precision": precision}
     return config | {"use_cpu": not layout.train_gpus}
 
 
@@ -58,7 +57,8 @@ def trainer_command(layout: Layout, hardware: Hardware, folder: Path) -> Command
     else:
         threads = max(1, len(hardware.cpus) // 2)
         devices = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    argv = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", str(folder / ACCELERATE_FILE)]
+    argv = [sys.executable, "-P", "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
+    argv += ["--config_file", str(folder / ACCELERATE_FILE)]
     # accelerate puts the working directory on PYTHONPATH: a user's queue.py would replace Python's. env undoes it.
     argv += ["--no_python", "env", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", sys.executable, "-u"]
     return Command([*argv, str(PROJECT / "train.py"), "--run", str(folder)], _common_env() | devices)
@@ -86,7 +86,7 @@ def server_command(values: dict, given: list[str], layout: Layout, hardware: Har
         argv += ["--revision", values["model_revision"]]
     if values["trust_remote_code"]:
         argv += ["--trust-remote-code"]
-    env = _common_env() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env = _common_env() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": HOST}
     if layout.server_gpus:
         argv += ["--tensor-parallel-size", str(len(layout.server_gpus))]
         env |= _gpu_env(layout.server_gpus)
@@ -128,6 +128,7 @@ def _common_env() -> dict[str, str]:
         "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),  # the trainer writes to a pipe and cannot ask
         # torch's threads would spin while they wait: beside a busy process a step would take 20 times as long.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # else at the address of the host's name
         "PYTHONSAFEPATH": "1",  # files of the working directory are not modules of the server or the ranks
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",

@@ -3,6 +3,7 @@
 import signal
 import sys
 
+import psutil
 import pytest
 from helpers import ROOT, is_in_sync, write_accelerate_config
 from table_server import TableServer, curve
@@ -33,6 +34,9 @@ def test_a_killed_run_resumes_and_stops(workplace, launch):
     """
     first = launch(workplace, *FLAGS)
     first.wait_for("step  5/50")
+    connections = [each for process in first.processes() for each in process.net_connections("inet")]
+    listening = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}, "a door is open to other machines"
     for process in server_of(first):
         process.suspend()
     first.process.kill()

@@ -157,8 +157,7 @@ def test_a_run_is_written_before_it_starts(launch, tmp_path, capsys):
     assert server[server.index("--port") + 1] == str(port) and trainer[-2:] == ["--run", str(run.folder)]
     accelerate = yaml.safe_load((run.folder / "accelerate.yaml").read_text())
     assert accelerate["num_processes"] == 2 and accelerate["use_cpu"] and accelerate["mixed_precision"] == "no"
-    ports = {port, written.values["vllm_group_port"], accelerate["main_process_port"]}
-    assert len(ports) == 3 and "Run: trainOutput/quickstart/1" in capsys.readouterr().out
+    assert port != written.values["vllm_group_port"] and "Run: trainOutput/quickstart/1" in capsys.readouterr().out
 
 
 def test_resume_goes_on_with_the_run(launch, tmp_path, monkeypatch, capsys):
@@ -345,13 +344,12 @@ def test_server_and_ranks_share_no_device_and_see_no_folder_of_the_user(server, 
         (4, "--bf16 false", "DEEPSPEED", "no"),
     ],
 )
-def test_accelerate_gets_ranks_port_and_precision(gpus, flags, kind, precision, server):
+def test_accelerate_gets_ranks_and_precision(gpus, flags, kind, precision, server):
     _, layout, _ = server(gpus, flags)
     values = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-    config = commands.accelerate_config(values, layout, 1234)
+    config = commands.accelerate_config(values, layout)
     assert (config["distributed_type"], config["mixed_precision"]) == (kind, precision)
-    assert (config["num_processes"], config["main_process_port"]) == (3 if gpus else 2, 1234)
-    assert config["use_cpu"] == (gpus == 0)
+    assert config["num_processes"] == (3 if gpus else 2) and config["use_cpu"] == (gpus == 0)
 
 
 def test_visible_devices_are_respected(monkeypatch, tmp_path):

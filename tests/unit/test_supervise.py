@@ -319,9 +319,10 @@ time.sleep(300)
 def test_accelerate_tells_which_rank_was_killed(parallel, ranks, who, run, tmp_path, capfd):
     """The report is torchrun's own here, which accelerate starts for one rank too."""
     layout = SimpleNamespace(parallel=parallel, ranks=ranks, train_gpus=[])
-    config = commands.accelerate_config({"bf16": False, "fp16": False}, layout, free_port())
+    config = commands.accelerate_config({"bf16": False, "fp16": False}, layout)
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{tmp_path}/accelerate.yaml"]
+    words = [sys.executable, "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
+    words += ["--config_file", f"{tmp_path}/accelerate.yaml"]
     words += ["--no_python", sys.executable, "-c", RANK.replace("LAST", str(ranks - 1))]
     assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == EXIT_LOST
     assert f"{who} was ended by signal 9 (SIGKILL)." in capfd.readouterr().err
