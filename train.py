@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     from grpo_launcher.standalone import check_recipe
 
     run = load_run(Path(argv[1])) if argv[:1] == ["--run"] else check_recipe(argv)
+    run.folder = Path(run.values["output_dir"])  # of all nodes; each has its own part of it for logs
     recipe, args, model_args = build_dataclasses(run.values)
     if not run.values["use_vllm"] or sends_files(recipe, args):
         skip_vllm()

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pandas
 from common import parser, show
 from helpers import ROOT, Launch, run_python
 
@@ -32,7 +33,7 @@ from grpo_launcher.runs import last_checkpoint
 
 STEPS = 6
 FLAGS = [str(ROOT / "configs/quickstart.yaml"), "--max_completion_length", "64", "--per_device_train_batch_size", "8"]
-FLAGS += ["--sample_every", "0", "--max_steps", str(STEPS), "--save_steps", "2", "--ddp_timeout", "60"]
+FLAGS += ["--sample_every", "0", "--max_steps", str(STEPS), "--save_steps", "2", "--ddp_timeout", "90"]
 LAUNCHER = """
 import sys
 from grpo_launcher.launch import supervise
@@ -274,13 +275,28 @@ def a_judge(folder: Path) -> Iterator[dict]:
     yield ended("judge down from the start", run, EXIT_REFUSED, r"judge_reward: [^\n]*")
 
 
+def prompts(run: Launch) -> list[list]:
+    """Return the prompts of each step of a run."""
+    files = sorted((run.run_folder() / "completions").glob("*.parquet"))
+    return [pandas.read_parquet(file)["prompt"].map(str).tolist() for file in files]
+
+
 def two_runs(folder: Path) -> Iterator[dict]:
+    """Two at once, and one that is killed and resumed: each step must have the prompts of the others."""
     first = launch(folder)
     first.wait_for("Run: ")
     second = launch(folder)
     yield ended("two runs at once: the first", first, 0, r"Saved trainOutput/\S*")
     yield ended("  … the second", second, 0, r"Saved trainOutput/\S*")
     assert re.search("Run: (.*)", first.text())[1] != re.search("Run: (.*)", second.text())[1]
+    whole = prompts(second)
+    run = launch(folder)
+    until(run, "step 4: training")
+    run.process.kill()
+    run.process.wait()
+    run = launch(folder, "--resume")
+    yield ended("launcher killed, resumed: the same prompts", run, 0, "from checkpoint-2", steps=True)
+    assert len(whole) == STEPS and prompts(run) == whole, "the prompts differ"
 
 
 PARTS: dict[str, Callable[[Path], Iterator[dict]]] = {

@@ -36,6 +36,8 @@ class Hardware:
 class Options:
     """What the launcher's command line says about the layout.
 
+    num_nodes: machines that train.
+    serves: this one does not, and runs the server for them.
     ranks: number of ranks where something else has started them (accelerate launch); None for the launcher.
     deepspeed: whether these ranks use it.
     """
@@ -43,18 +45,21 @@ class Options:
     colocate: bool = False
     vllm_gpus: int | None = None
     sync: str | None = None
+    num_nodes: int = 1
+    serves: bool = False
     ranks: int | None = None
     deepspeed: bool = True
 
 
 @dataclass
 class Layout:
-    """Who trains and who generates."""
+    """Who trains and who generates. The GPUs are those of this machine, and the ranks those of all nodes."""
 
     method: str
     is_seq2seq: bool
     parallel: str
     ranks: int
+    num_nodes: int = 1
     train_gpus: list[Gpu] = field(default_factory=list)
     server_gpus: list[Gpu] = field(default_factory=list)
     use_vllm: bool = False
@@ -66,7 +71,8 @@ class Layout:
         """Return the layout in one line."""
         kind = {"zero3": "ZeRO-3 rank", "ddp": "DDP rank"}[self.parallel]
         plural = "" if self.ranks == 1 else "s"
-        return f"{self.ranks} {kind}{plural} on {_names(self.train_gpus)}; {self._generation()}"
+        nodes = f" of {self.num_nodes} nodes" if self.num_nodes > 1 else ""
+        return f"{self.ranks} {kind}{plural} on {_names(self.train_gpus)}{nodes}; {self._generation()}"
 
     def _generation(self) -> str:
         if self.method == "sft":
@@ -141,6 +147,7 @@ def choose_layout(
         is_seq2seq=is_seq2seq,
         parallel=values["parallel"] or ("ddp" if is_quantized or not options.deepspeed else "zero3"),
         ranks=options.ranks or len(hardware.gpus) or CPU_RANKS,
+        num_nodes=options.num_nodes,
         train_gpus=hardware.gpus,
         server_url=values["vllm_server_base_url"],
     )
@@ -164,7 +171,7 @@ def choose_layout(
     if values["overlap"]:
         _check_overlap(choice, layout)
     if not options.ranks:
-        layout.ranks = len(layout.train_gpus) or CPU_RANKS
+        layout.ranks = options.num_nodes * (len(layout.train_gpus) or (CPU_RANKS if options.num_nodes == 1 else 1))
     return layout, choice.filled, choice.problems
 
 
@@ -213,6 +220,9 @@ def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: O
         )
     elif wants_colocate or (count == 1 and given_mode != "server"):
         layout.vllm_mode = "colocate"
+    elif options.num_nodes > 1:
+        problem = "missing, and with several nodes the server has a machine of its own"
+        choice.refuse("vllm_server_base_url", problem, "start one (docs/launcher.md, Several nodes), or --colocate")
     elif count == 1:
         choice.refuse("vllm_mode", "server needs a GPU of its own, and there is one GPU", "leave it out: colocate")
     else:
@@ -229,6 +239,7 @@ def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: st
     """Refuse what would have no effect where the launcher starts no server."""
     is_colocate = layout.use_vllm and layout.vllm_mode == "colocate"
     names = ["vllm_server_args"] if is_colocate else SERVER_FIELDS  # the others are settings of vLLM in the ranks too
+    names = [] if options.serves else names
     names = [name for name in (*names, "max_server_restarts") if name in choice.given]
     if options.colocate and not layout.use_vllm:
         names.append("--colocate")

@@ -144,7 +144,7 @@ def _device(values: dict, layout: Layout, hardware: Hardware, load: Load) -> tup
     if not layout.train_gpus:
         server = server_memory(load.model.parameters, load.bytes_per_weight) if layout.starts_server else 0
         others = f"the server {server:.1f} of the machine's {hardware.memory:.1f} GiB" if server else ""
-        return (hardware.memory - server) / layout.ranks, others
+        return (hardware.memory - server) / (layout.ranks // layout.num_nodes), others
     device = min(gpu.memory for gpu in layout.train_gpus)
     if not (layout.use_vllm and layout.vllm_mode == "colocate"):
         return device, ""

@@ -7,8 +7,9 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -52,17 +53,19 @@ def launch(options, flags: list[str]) -> int:
         print("\n  ".join(["Machine:", *doctor.describe_machine(hardware)]))
     hub.use_cache_if_unreachable()
     configs = [options.config] if options.config else _default_recipes(hardware)
-    layout_options = Options(options.colocate, options.vllm_gpus, options.sync)
+    layout_options = Options(options.colocate, options.vllm_gpus, options.sync, options.num_nodes, options.serve)
+    node = commands.find_node(options)
     recipe = configs[0]
     resumed = _find_resumed_run(options, flags, recipe)
     if resumed:
         configs = [str(resumed.folder / runs.RECIPE_FILE)]
         if layout_options == Options():
-            layout_options = Options(**resumed.options)
+            layout_options = Options(**resumed.options | {"num_nodes": options.num_nodes})
     if options.doctor:
-        return _diagnose(["--config", configs[0], *flags], hardware, layout_options)
+        return _diagnose(["--config", configs[0], *flags], hardware, layout_options, node)
     for config in configs:
-        report = _check(["--config", config, *flags], hardware, layout_options, options.dry_run)
+        may_prepare = not options.dry_run and node.rank == 0 and not options.serve
+        report = _check(["--config", config, *flags], hardware, layout_options, may_prepare)
         if not any(problem.startswith("memory:") for problem in report.problems):
             break
     if not options.config and not resumed:
@@ -74,18 +77,27 @@ def launch(options, flags: list[str]) -> int:
         if report.values and not options.force:
             _check_unchanged(report, resumed)
     _check_output(report, resumed, options)
-    _print_plan(report)
-    if report.problems or (report.missing and not options.dry_run):
-        lines = [*report.problems, *([] if options.dry_run else report.missing)]
-        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
+    _print_plan(report, node)
+    if errors := [*report.problems, *([] if options.dry_run else report.missing)]:
+        print("\n".join(f"error: {line}" for line in errors), file=sys.stderr)
         return EXIT_REFUSED
     if options.dry_run:
-        _print_commands(report, hardware)
+        _print_commands(report, hardware, node)
         return 0
-    return _run(report, resumed, layout_options, hardware)
+    return _serve(report, hardware) if options.serve else _run(report, resumed, layout_options, hardware, node)
 
 
-def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware) -> int:
+def _serve(report: Report, hardware: Hardware) -> int:
+    """Run the vLLM server on all GPUs of this machine, until it ends or a signal comes."""
+    url = urlsplit(report.values["vllm_server_base_url"])
+    values = report.values | {"vllm_server_host": url.hostname, "vllm_server_port": url.port or 80}
+    layout = replace(report.layout, server_gpus=hardware.gpus)
+    command = commands.server_command(values, report.given, layout, hardware)
+    print(f"The vLLM server at {url.geturl()} serves until it is stopped (Ctrl-C, TERM).", flush=True)
+    return start(command.argv, command.env).wait()
+
+
+def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware, node: commands.Node) -> int:
     """Fetch the model, find free ports, write the run folder, and run. The ports are taken soon after.
 
     A run that was lost is started again from its last whole checkpoint, or from its beginning where it has none.
@@ -93,7 +105,7 @@ def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: H
     _download(report.values["model_name_or_path"], report.values["model_revision"])
     for left in reversed(range(report.values["max_restarts"] + 1)):
         commands.choose_ports(report)
-        resumed = _write_run(report, resumed, options, hardware)
+        resumed = _write_run(report, resumed, options, hardware, node)
         url = commands.server_url(report.values) if report.layout.starts_server else None
         status = supervise(resumed, url, report.values["vllm_server_timeout"])
         if status != EXIT_LOST:
@@ -125,12 +137,12 @@ def _find_resumed_run(options, flags: list[str], config: str) -> runs.Run | None
     return run
 
 
-def _diagnose(argv: list[str], hardware: Hardware, options: Options) -> int:
+def _diagnose(argv: list[str], hardware: Hardware, options: Options, node: commands.Node) -> int:
     """Print the plan, and rehearse: two steps with a small random model (--doctor)."""
     with tempfile.TemporaryDirectory(prefix="grpo-doctor-") as folder:
         report = run_preflight(argv, hardware, options, start, folder)
         print(f"  {report.torch}")
-        _print_plan(report)
+        _print_plan(report, node)
         for line in [*report.problems, *(f"missing: {line}" for line in report.missing)]:
             print(f"  {line}")
         rehearsal = report.rehearsal
@@ -142,17 +154,17 @@ def _diagnose(argv: list[str], hardware: Hardware, options: Options) -> int:
         print(f"Rehearsal: two steps with random weights, so that rewards and texts mean nothing.{stand_in}")
         rehearsal.name, rehearsal.values["output_dir"] = "doctor", None
         started = time.monotonic()
-        status = _run(rehearsal, None, options, hardware)
+        status = _run(rehearsal, None, options, hardware, node)
     if status == 0:
         lines = doctor.describe_rehearsal(Path(rehearsal.values["output_dir"]), time.monotonic() - started)
         print("\n  ".join(["Rehearsal:", *lines]))
     return status
 
 
-def _check(argv: list[str], hardware: Hardware, options: Options, dry_run: bool) -> Report:
+def _check(argv: list[str], hardware: Hardware, options: Options, may_prepare: bool) -> Report:
     """Run the preflight, and make what it misses: a merged model, and what the recipe's `prepare` makes."""
     report = run_preflight(argv, hardware, options, start)
-    if dry_run or report.problems:
+    if not may_prepare or report.problems:
         return report
     if report.adapter:
         print(f"Merging the adapter {report.adapter} into its base.", flush=True)
@@ -177,8 +189,21 @@ def _run_python(name: str, *arguments: str) -> None:
 
 def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
     """Refuse what would overwrite a run, or resume it with another number of ranks."""
+    if options.serve:
+        if not report.values.get("vllm_server_base_url"):
+            problem = UserError("vllm_server_base_url", "missing: --serve listens there", "name http://ADDRESS:PORT")
+            report.problems.append(str(problem))
+        return
     output = report.values.get("output_dir")
-    if output and not resumed and os.path.isdir(output) and os.access(output, os.R_OK) and os.listdir(output):
+    if options.num_nodes > 1 and not output:
+        problem = UserError("output_dir", "missing, and several nodes write into one folder", "name one that all see")
+        report.problems.append(str(problem))
+    if options.num_nodes > 1 and report.values.get("max_restarts"):
+        problem = UserError("max_restarts", "it has no effect: one node cannot start the others", "leave it out")
+        report.problems.append(str(problem))
+    is_new = not resumed and options.node_rank == 0
+    is_readable = output and os.path.isdir(output) and os.access(output, os.R_OK)
+    if is_new and is_readable and any(not name.startswith("node-") for name in os.listdir(output)):
         problem = UserError("output_dir", f"{output} is not empty", "name another folder, or add --resume")
         report.problems.append(str(problem))
     if "resume_from_checkpoint" in report.given:
@@ -242,20 +267,24 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _write_run(report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware) -> runs.Run:
-    """Make the run folder with run.json, recipe.yaml and accelerate.yaml."""
+def _write_run(
+    report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware, node: commands.Node
+) -> runs.Run:
+    """Make the run folder with run.json, recipe.yaml and accelerate.yaml. Another node than 0 has a part of it."""
     values, layout = report.values, report.layout
     checkpoint = None
     if resumed:
-        folder = resumed.folder
-        _set_aside(runs.broken_checkpoints(folder, layout.ranks))
+        folder = Path(resumed.values["output_dir"])
+        if node.rank == 0:
+            _set_aside(runs.broken_checkpoints(folder, layout.ranks))
         checkpoint = runs.last_checkpoint(folder, layout.ranks)
     elif values["output_dir"]:
         folder = Path(values["output_dir"])
     else:
         folder = runs.new_run(report.name)
     values |= {"output_dir": str(folder), "resume_from_checkpoint": checkpoint and str(checkpoint)}
-    started = {"trainer": commands.trainer_command(layout, hardware, folder)}
+    folder = folder / f"node-{node.rank}" if node.rank else folder
+    started = {"trainer": commands.trainer_command(layout, hardware, folder, node)}
     if layout.starts_server:
         started["server"] = commands.server_command(values, report.given, layout, hardware)
     run = runs.Run(
@@ -275,7 +304,7 @@ def _write_run(report: Report, resumed: runs.Run | None, options: Options, hardw
         prompts_mark=report.data.prompts_mark,
     )
     run.write()
-    accelerate = commands.accelerate_config(values, layout)
+    accelerate = commands.accelerate_config(values, layout, node)
     (folder / runs.ACCELERATE_FILE).write_text(yaml.safe_dump(accelerate), encoding="utf-8")
     print(f"Run: {folder}" + (f", from {checkpoint.name}" if checkpoint else ""), flush=True)
     return run
@@ -306,23 +335,25 @@ def _download(model: str, revision: str | None) -> None:
     _run_python("huggingface_hub.cli.hf", *arguments)
 
 
-def _print_plan(report: Report) -> None:
+def _print_plan(report: Report, node: commands.Node) -> None:
     print(f"Plan for {report.name}: {report.layout.describe() if report.layout else 'none'}")
     for line in report.lines:
         print(f"  {line}")
+    for line in commands.describe_ports(report.values, report.layout, node) if report.layout else []:
+        print(f"  {line}")
 
 
-def _print_commands(report: Report, hardware: Hardware) -> None:
+def _print_commands(report: Report, hardware: Hardware, node: commands.Node) -> None:
     commands.choose_ports(report, check=False)
     folder = Path(report.values["output_dir"] or runs.ROOT / report.name / "N")
-    shown = {"trainer": commands.trainer_command(report.layout, hardware, folder)}
+    shown = {"trainer": commands.trainer_command(report.layout, hardware, folder, node)}
     if report.layout.starts_server:
         server = commands.server_command(report.values, report.given, report.layout, hardware)
         shown = {"vLLM server": server} | shown
     for title, command in shown.items():
         environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in command.env.items())
         print(f"{title}:\n  {environment}\n  {shlex.join(command.argv)}")
-    accelerate = yaml.safe_dump(commands.accelerate_config(report.values, report.layout)).strip()
+    accelerate = yaml.safe_dump(commands.accelerate_config(report.values, report.layout, node)).strip()
     print(f"{runs.ACCELERATE_FILE}:\n  " + accelerate.replace("\n", "\n  "))
     for line in report.missing:
         print(f"Before it can run: {line}")

@@ -51,6 +51,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         choices=["nccl", "disk", "adapter"],
         help="how the server gets new weights (default: nccl; without a GPU: disk; adapter: of LoRA, alone)",
     )
+    parser.add_argument("--num_nodes", type=int, default=1, metavar="N", help="machines that train (default: 1)")
+    parser.add_argument("--node_rank", type=int, default=0, metavar="R", help="which of them this is, from 0 on")
+    parser.add_argument(
+        "--serve", action="store_true", help="run the vLLM server that vllm_server_base_url names, and train nothing"
+    )
+    parser.add_argument("--main_address", metavar="A", help="address at which the others reach node 0")
+    parser.add_argument("--main_port", type=int, default=29500, metavar="P", help="its port (default: 29500)")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -84,6 +91,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--assume-memory needs --assume-gpus")
     if (options.vllm_gpus is not None and options.vllm_gpus < 1) or (options.assume_gpus or 0) < 0:
         parser.error("--vllm_gpus must be at least 1, --assume-gpus at least 0")
+    if not 0 <= options.node_rank < options.num_nodes:
+        parser.error(f"--node_rank is {options.node_rank}: the nodes are 0 to --num_nodes - 1")
+    if (options.num_nodes > 1) != (options.main_address is not None):
+        parser.error("--num_nodes and --main_address belong together")
     if flags and not flags[0].startswith("--"):
         parser.error(f"unexpected {flags[0]!r}: the recipe comes first, then options, then --key value")
     options.config = config

@@ -1,7 +1,9 @@
 """The commands of a run: the vLLM server, the training ranks, and accelerate's file."""
 
+import ipaddress
 import os
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from grpo_launcher.errors import UserError
-from grpo_launcher.launch.hardware import free_ports, is_port_free
+from grpo_launcher.launch.hardware import free_ports, interface_towards, is_port_free
 from grpo_launcher.layout import ADAPTER_RANKS, Hardware, Layout, server_dtype
 from grpo_launcher.preflight_runner import PROJECT, Report
 from grpo_launcher.runs import ACCELERATE_FILE
@@ -23,6 +25,38 @@ class Command:
 
     argv: list[str]
     env: dict[str, str]
+
+
+@dataclass
+class Node:
+    """This machine among those that train: its number, where node 0 is, and the interface that leads there."""
+
+    rank: int = 0
+    address: str = HOST
+    port: int = 0
+    interface: str = "lo"
+
+
+def find_node(options) -> Node:
+    """Return this machine's part, from the launcher's options."""
+    if options.num_nodes == 1:
+        return Node()
+    return Node(options.node_rank, options.main_address, options.main_port, interface_towards(options.main_address))
+
+
+def describe_ports(values: dict, layout: Layout, node: Node) -> list[str]:
+    """Return lines of the plan: which ports must be open between the nodes."""
+    if layout.num_nodes == 1:
+        return []
+    lines = [f"nodes: this is node {node.rank} of {layout.num_nodes}; open between the nodes must be"]
+    lines.append(f"  {node.address}:{node.port}, for all nodes (the meeting point, on node 0)")
+    lines.append(f"  every port of {node.interface} from 1024 on, for all nodes (the ranks among each other)")
+    if layout.use_vllm and layout.vllm_mode == "server":
+        nccl = f", and its port {values['vllm_group_port']} (NCCL)" if values["weight_sync"] == "nccl" else ""
+        lines.append(f"  {layout.server_url}{nccl}, for node 0 (the vLLM server)")
+    if ipaddress.ip_address(socket.gethostbyname(node.address)).is_global:
+        lines.append(f"  warning: {node.address} is a public address, and these doors ask nobody who comes in")
+    return lines
 
 
 def choose_ports(report: Report, check: bool = True) -> None:
@@ -42,22 +76,28 @@ def choose_ports(report: Report, check: bool = True) -> None:
                 raise UserError(name, f"port {report.values[name]} is taken", "leave it out: a free port is found")
 
 
-def accelerate_config(values: dict, layout: Layout) -> dict:
-    """Return zero3.yaml or ddp.yaml with ranks and precision filled in. The ranks meet at a port of their own."""
+def accelerate_config(values: dict, layout: Layout, node: Node) -> dict:
+    """Return zero3.yaml or ddp.yaml with ranks, nodes and precision filled in. One node chooses its port itself."""
     config = yaml.safe_load((PROJECT / f"{layout.parallel}.yaml").read_text(encoding="utf-8"))
     precision = next((name for name in ("bf16", "fp16") if values[name]), "no")
-    config |= {"num_processes": layout.ranks, "main_process_port": 0, "mixed_precision": precision}
+    config |= {"num_processes": layout.ranks, "main_process_port": node.port, "mixed_precision": precision}
+    if layout.num_nodes > 1:
+        config |= {"num_machines": layout.num_nodes, "machine_rank": node.rank, "main_process_ip": node.address}
     return config | {"use_cpu": not layout.train_gpus}
 
 
-def trainer_command(layout: Layout, hardware: Hardware, folder: Path) -> Command:
+def trainer_command(layout: Layout, hardware: Hardware, folder: Path, node: Node) -> Command:
     """Return the command of the training ranks. They read everything from run.json in the run folder."""
     if layout.train_gpus:
         devices = _gpu_env(layout.train_gpus) | {"VLLM_HOST_IP": HOST}
     else:
         threads = max(1, len(hardware.cpus) // 2)
         devices = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
-    argv = [sys.executable, "-P", "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
+    if layout.num_nodes == 1:
+        argv = [sys.executable, "-P", "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
+    else:
+        argv = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+        devices |= {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
     argv += ["--config_file", str(folder / ACCELERATE_FILE)]
     # accelerate puts the working directory on PYTHONPATH: a user's queue.py would replace Python's. env undoes it.
     argv += ["--no_python", "env", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", sys.executable, "-u"]

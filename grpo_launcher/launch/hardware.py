@@ -8,6 +8,8 @@ import socket
 import subprocess
 from pathlib import Path
 
+import psutil
+
 from grpo_launcher.errors import UserError
 from grpo_launcher.layout import Gpu, Hardware
 
@@ -115,6 +117,22 @@ def is_port_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def interface_towards(address: str) -> str:
+    """Return the name of the network interface from which this machine reaches an address.
+
+    Raises:
+        UserError: there is no way to it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # of a datagram: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError as error:
+        raise UserError("--main_address", f"{address} cannot be reached: {error}", "name node 0's address") from error
+    interfaces = psutil.net_if_addrs().items()
+    return next(name for name, addresses in interfaces if any(found.address == own for found in addresses))
 
 
 def free_ports(count: int) -> list[int]:

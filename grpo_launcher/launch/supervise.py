@@ -44,11 +44,13 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
         The trainer's exit status; EXIT_GUARD where a guard stopped it; EXIT_RESUME where TERM did, behind a
         checkpoint; EXIT_LOST where a process of the run was lost or nothing went on, so that another start may help.
     """
-    (run.folder / STOPPED).unlink(missing_ok=True)  # of the run that is resumed
+    folder = Path(run.values["output_dir"])  # of the main rank, which may be on another node
     memory = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
     shared = tempfile.TemporaryDirectory(prefix="grpo-weights-", dir=memory, ignore_cleanup_errors=True)
-    witness, screen = Witness(run), Screen(run.folder, server_url)
-    (run.folder / PROGRESS).unlink(missing_ok=True)
+    witness, screen = Witness(run), Screen(folder, server_url)
+    if run.folder == folder:
+        for name in (STOPPED, PROGRESS):  # of the run that is resumed
+            (folder / name).unlink(missing_ok=True)
     undertaker, children = start_undertaker(shared.name), {}
 
     def start_child(name: str, **streams) -> subprocess.Popen:
@@ -72,17 +74,17 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
             trainer = start_child("trainer", stdout=subprocess.PIPE, stderr=train_log)
             echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log, screen), daemon=True)
             echo.start()
-            status = _watch(screen, trainer, server, Deadline(run.folder, run.values["ddp_timeout"]))
+            status = _watch(screen, trainer, server, Deadline(folder, run.values["ddp_timeout"]))
             if status is None:
                 return EXIT_LOST if server is None or server.was_up else 1  # one that never came up never will
             echo.join(5)
-            if (run.folder / STOPPED).exists():
+            if (folder / STOPPED).exists():
                 return EXIT_GUARD
             if status:
                 message, is_lost = witness.failed(status)
                 screen.fail(message)
                 return EXIT_LOST if is_lost else status
-            elif screen.was_asked and not (run.folder / END_REQUEST).exists():
+            elif screen.was_asked and not (folder / END_REQUEST).exists():
                 screen.fail("Stopped by TERM, with a checkpoint of the last step. To go on from it: add --resume.")
                 return EXIT_RESUME
             return status

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from helpers import ROOT, write_checkpoint
 from tiny_models import make_model
 
 from grpo_launcher.config import load_config
-from grpo_launcher.errors import UserError
+from grpo_launcher.errors import EXIT_REFUSED, UserError
 from grpo_launcher.launch import __main__ as launcher
 from grpo_launcher.launch import commands, hardware
 from grpo_launcher.launch.arguments import parse
@@ -98,12 +99,53 @@ def test_bad_input_is_refused_before_anything_starts(flags, field, message, laun
         (["--sync", "smoke"], "invalid choice"),
         (["--dry-run", "configs/quickstart.yaml"], "the recipe comes first"),
         (["--force"], "needs --resume"),
+        (["--num_nodes", "2"], "belong together"),
+        (["--num_nodes", "2", "--main_address", "10.0.0.1", "--node_rank", "2"], "0 to --num_nodes - 1"),
     ],
 )
 def test_a_mistyped_command_line_is_refused(argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(argv)
     assert message in capsys.readouterr().err
+
+
+NODES = "--num_nodes 2 --main_address 127.0.0.1 --vllm_server_base_url http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (NODES, "output_dir"),
+        (f"{NODES} --output_dir run --max_restarts 1", "max_restarts"),
+        ("--num_nodes 2 --main_address 127.0.0.1 --output_dir run", "vllm_server_base_url"),
+        ("--serve", "vllm_server_base_url"),
+    ],
+)
+def test_what_several_nodes_cannot_do_is_refused(flags, field, launch, capsys):
+    assert launch(f"{SMALL} {flags}") == EXIT_REFUSED
+    assert f"error: {field}: " in capsys.readouterr().err and launch.supervised == []
+
+
+def test_each_node_has_its_part_of_the_run(launch, tmp_path, capsys):
+    """They share checkpoints and figures, and each has its own logs. The plan names the doors between them."""
+    for rank in (1, 0):  # in any order
+        assert launch(f"{SMALL} {NODES} --output_dir run --node_rank {rank}") == 0
+        run = launch.supervised[-1][0]
+        assert run.folder == Path("run/node-1" if rank else "run") and run.values["output_dir"] == "run"
+        accelerate = yaml.safe_load((run.folder / "accelerate.yaml").read_text())
+        assert (accelerate["num_machines"], accelerate["machine_rank"], accelerate["num_processes"]) == (2, rank, 2)
+        assert (accelerate["main_process_ip"], accelerate["main_process_port"]) == ("127.0.0.1", 29500)
+        assert run.commands["trainer"]["env"]["GLOO_SOCKET_IFNAME"] == "lo"
+        out = capsys.readouterr().out
+        assert "127.0.0.1:29500" in out and "http://127.0.0.1:8000" in out and "public" not in out
+    assert launch(f"{SMALL} {NODES} --output_dir run") == EXIT_REFUSED, "node 0 would overwrite a run"
+
+
+def test_a_public_address_is_warned_of(launch, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "interface_towards", lambda address: "eth0")
+    flags = NODES.replace("127.0.0.1 ", "8.8.8.8 ")
+    assert launch(f"{SMALL} {flags} --output_dir run --dry-run") == 0
+    assert "8.8.8.8 is a public address" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argument", ["--help", "configs/quikstart.yaml"])
@@ -319,7 +361,7 @@ def test_a_server_that_gets_adapters_has_room_for_two(server):
 def test_server_and_ranks_share_no_device_and_see_no_folder_of_the_user(server, tmp_path):
     for gpus in (0, 4):
         command, layout, machine = server(gpus)
-        trainer = commands.trainer_command(layout, machine, tmp_path / "run")
+        trainer = commands.trainer_command(layout, machine, tmp_path / "run", commands.Node())
         for env in (command.env, trainer.env):
             assert env["PYTHONSAFEPATH"] == "1" and "PYTHONPATH" not in env
         assert not any(str(tmp_path) in word for word in [*command.argv, *command.env.values()])
@@ -347,7 +389,7 @@ def test_server_and_ranks_share_no_device_and_see_no_folder_of_the_user(server, 
 def test_accelerate_gets_ranks_and_precision(gpus, flags, kind, precision, server):
     _, layout, _ = server(gpus, flags)
     values = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-    config = commands.accelerate_config(values, layout)
+    config = commands.accelerate_config(values, layout, commands.Node())
     assert (config["distributed_type"], config["mixed_precision"]) == (kind, precision)
     assert config["num_processes"] == (3 if gpus else 2) and config["use_cpu"] == (gpus == 0)
 

@@ -23,6 +23,23 @@ def ids(gpus: list[Gpu]) -> list[str]:
     return [gpu.id for gpu in gpus]
 
 
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 2), (4, 8)])
+def test_several_nodes_train_on_all_their_gpus(gpus, ranks):
+    """The server has a machine of its own, or vLLM is in the ranks. Without a GPU each node has one rank."""
+    nodes, url = Options(num_nodes=2), "http://10.0.0.3:8000"
+    layout, values, refused = choose(gpus, options=nodes, vllm_server_base_url=url)
+    assert refused == [] and layout.ranks == ranks and len(layout.train_gpus) == gpus and not layout.starts_server
+    assert values["vllm_mode"] == "server" and "2 nodes" in layout.describe()
+    assert choose(gpus, options=nodes)[2] == ([] if gpus == 1 else ["vllm_server_base_url"])
+    if gpus:
+        colocated, _, refused = choose(gpus, options=Options(colocate=True, num_nodes=2))
+        assert refused == [] and colocated.ranks == ranks and colocated.vllm_mode == "colocate"
+    for serves in (False, True):
+        options = Options(num_nodes=2, serves=serves)
+        refused = choose(gpus, options=options, vllm_server_base_url=url, vllm_server_args=["--seed=1"])[2]
+        assert refused == ([] if serves else ["vllm_server_args"])
+
+
 @pytest.mark.parametrize(
     ("gpus", "ranks", "server_gpus", "mode"),
     [

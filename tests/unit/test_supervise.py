@@ -85,7 +85,7 @@ def run(tmp_path, monkeypatch, capfd):
         if server:
             commands["server"] = command(server.replace("PORT", str(port)))
         plan = {"plan": ["memory: 0.1 GiB", "context: 2"], "lighter": "--per_device_train_batch_size 4"}
-        values = {"max_server_restarts": restarts, "ddp_timeout": ddp}
+        values = {"output_dir": str(tmp_path), "max_server_restarts": restarts, "ddp_timeout": ddp}
         stub = Run(tmp_path, "stub", values, [], commands=commands, **plan)
         status = supervise(stub, f"http://127.0.0.1:{port}" if server else None, timeout)
         assert started and all(child.poll() is not None for child in started)
@@ -318,8 +318,8 @@ time.sleep(300)
 @pytest.mark.parametrize(("parallel", "ranks", "who"), [("zero3", 2, "Rank 1"), ("ddp", 1, "Rank 0")])
 def test_accelerate_tells_which_rank_was_killed(parallel, ranks, who, run, tmp_path, capfd):
     """The report is torchrun's own here, which accelerate starts for one rank too."""
-    layout = SimpleNamespace(parallel=parallel, ranks=ranks, train_gpus=[])
-    config = commands.accelerate_config({"bf16": False, "fp16": False}, layout)
+    layout = SimpleNamespace(parallel=parallel, ranks=ranks, num_nodes=1, train_gpus=[])
+    config = commands.accelerate_config({"bf16": False, "fp16": False}, layout, commands.Node())
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
     words = [sys.executable, "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
     words += ["--config_file", f"{tmp_path}/accelerate.yaml"]

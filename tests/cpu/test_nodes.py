@@ -1,0 +1,72 @@
+"""Two machines train and a third one generates. Network namespaces stand for them, and share the disk."""
+
+import os
+import subprocess
+
+import psutil
+import pytest
+from helpers import ROOT, is_in_sync, read_metrics
+
+STEPS = 5
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+
+@pytest.fixture
+def machines():
+    """The names of three network namespaces with the addresses 10.77.0.1 to 3. Skips where none can be made."""
+    mark, names = os.getpid() % 10_000, []
+    bridge = f"gb{mark}"
+    try:
+        ip(f"link add name {bridge} type bridge")
+        ip(f"link set {bridge} up")
+        for number in (1, 2, 3):
+            name, cable = f"grpo-{mark}-{number}", f"gv{mark}-{number}"
+            ip(f"netns add {name}")
+            names.append(name)
+            ip(f"link add {cable} type veth peer name eth0 netns {name}")
+            ip(f"link set {cable} master {bridge} up")
+            ip(f"-n {name} addr add 10.77.0.{number}/24 dev eth0")
+            ip(f"-n {name} link set eth0 up")
+            ip(f"-n {name} link set lo up")
+        yield names
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespace can be made here: {getattr(error, 'stderr', error)}")
+    finally:
+        for name in names:
+            ip(f"netns del {name}")
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+
+
+def test_two_nodes_train_beside_a_third(machines, workplace, launch):
+    """By the commands of a cluster. What listens on their addresses is what the plan says must be open."""
+    flags = [str(ROOT / "configs/quickstart.yaml"), "--no-install", "--max_completion_length", "64"]
+    flags += ["--per_device_train_batch_size", "8", "--sample_every", "0", "--max_steps", str(STEPS)]
+    flags += ["--num_nodes", "2", "--main_address", "10.77.0.1", "--vllm_server_base_url", "http://10.77.0.3:8000"]
+    flags += ["--output_dir", "several"]
+
+    def begin(machine: str, *more: str):
+        command = ["ip", "netns", "exec", machine, "bash", str(ROOT / "launch_train.sh"), *flags, *more]
+        return launch(workplace, command=command)
+
+    server = begin(machines[2], "--serve")
+    other, main = (begin(machines[rank], "--node_rank", str(rank)) for rank in (1, 0))
+    main.wait_for(f"step 2/{STEPS}")
+    doors = {}
+    for run in (main, other, server):
+        sockets = [each for process in run.processes() for each in process.net_connections("inet")]
+        listening = {each.laddr for each in sockets if each.status == psutil.CONN_LISTEN}
+        doors[run] = {door.port for door in listening if door.ip not in ("127.0.0.1", "::1")}
+    plan = main.text()
+    assert "10.77.0.1:29500" in plan and "http://10.77.0.3:8000" in plan and "eth0 from 1024 on" in plan
+    assert 29500 in doors[main] and doors[server] == {8000} and min(doors[main] | doors[other]) >= 1024
+    main.finish()
+    other.finish()
+    server.process.terminate()
+    server.finish(143)
+    assert main.leftovers() == other.leftovers() == server.leftovers() == []
+    lines = read_metrics(workplace / "several")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)) and is_in_sync(lines)
+    assert (workplace / "several/final-checkpoint/model.safetensors").exists()
