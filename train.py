@@ -13,6 +13,7 @@ from pathlib import Path
 
 from grpo_launcher import hub
 from grpo_launcher.errors import EXIT_GUARD, EXIT_REFUSED, UserError
+from grpo_launcher.launch.processes import let_stacks_be_read
 from grpo_launcher.runs import FINAL, Run, load_run, report_progress
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -120,6 +121,7 @@ def run(argv: list[str]) -> None:
     """Run main() as a program: messages of a refusal, and the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside a busy process a step would take 20 times as long
+    let_stacks_be_read()
     hub.use_cache_if_unreachable()
     try:
         status = main(argv)

@@ -89,7 +89,8 @@ class RunLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Say that what follows a step may take time."""
         if state.is_world_process_zero and (control.should_save or control.should_evaluate):
-            work = "evaluating" if control.should_evaluate else "saving a checkpoint"
+            push = " and pushing" if args.push_to_hub else ""
+            work = "evaluating" if control.should_evaluate else f"saving{push} a checkpoint"
             report_progress(self.folder, f"step {state.global_step}: {work}")
 
     def on_prediction_step(self, args, state, control, **kwargs):

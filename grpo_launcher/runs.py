@@ -179,7 +179,7 @@ def _is_whole(path: Path) -> bool:
             tensors = [value for name, value in json.loads(header).items() if name != "__metadata__"]
             ends = [tensor["data_offsets"][1] for tensor in tensors]
             return path.stat().st_size == 8 + len(header) + max(ends, default=0)
-    except ValueError:
+    except (ValueError, OSError):  # another node may just rename its folder
         return False
     return True
 

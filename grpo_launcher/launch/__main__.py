@@ -18,7 +18,7 @@ from grpo_launcher.errors import EXIT_LOST, EXIT_REFUSED, UserError, first_line
 from grpo_launcher.launch import commands, doctor
 from grpo_launcher.launch.arguments import named_fields, parse
 from grpo_launcher.launch.hardware import find_hardware
-from grpo_launcher.launch.processes import Stopped, catching_signals, start
+from grpo_launcher.launch.processes import Stopped, catching_signals, kill_descendants, start
 from grpo_launcher.launch.supervise import supervise
 from grpo_launcher.layout import Hardware, Options
 from grpo_launcher.preflight_runner import PROJECT, RANK_VARIABLES, Report, run_preflight
@@ -91,7 +91,8 @@ def _serve(report: Report, hardware: Hardware) -> int:
     """Run the vLLM server on all GPUs of this machine, until it ends or a signal comes."""
     url = urlsplit(report.values["vllm_server_base_url"])
     values = report.values | {"vllm_server_host": url.hostname, "vllm_server_port": url.port or 80}
-    layout = replace(report.layout, server_gpus=hardware.gpus)
+    size = values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in report.given else None
+    layout = replace(report.layout, server_gpus=hardware.gpus[:size])
     command = commands.server_command(values, report.given, layout, hardware)
     print(f"The vLLM server at {url.geturl()} serves until it is stopped (Ctrl-C, TERM).", flush=True)
     return start(command.argv, command.env).wait()
@@ -108,8 +109,9 @@ def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: H
         resumed = _write_run(report, resumed, options, hardware, node)
         url = commands.server_url(report.values) if report.layout.starts_server else None
         status = supervise(resumed, url, report.values["vllm_server_timeout"])
-        if status != EXIT_LOST:
+        if status != EXIT_LOST or (resumed.folder / runs.END_REQUEST).exists():  # TERM had asked for the end
             break
+        kill_descendants()  # ranks that did not hear of the end
         if left:
             print(f"The run is started again (max_restarts: {left} left).", flush=True)
     return status
@@ -203,7 +205,7 @@ def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
         report.problems.append(str(problem))
     is_new = not resumed and options.node_rank == 0
     is_readable = output and os.path.isdir(output) and os.access(output, os.R_OK)
-    if is_new and is_readable and any(not name.startswith("node-") for name in os.listdir(output)):
+    if is_new and is_readable and any(not name.startswith(("node-", ".grpo-")) for name in os.listdir(output)):
         problem = UserError("output_dir", f"{output} is not empty", "name another folder, or add --resume")
         report.problems.append(str(problem))
     if "resume_from_checkpoint" in report.given:
@@ -274,7 +276,7 @@ def _write_run(
     values, layout = report.values, report.layout
     checkpoint = None
     if resumed:
-        folder = Path(resumed.values["output_dir"])
+        folder = resumed.folder
         if node.rank == 0:
             _set_aside(runs.broken_checkpoints(folder, layout.ranks))
         checkpoint = runs.last_checkpoint(folder, layout.ranks)

@@ -7,11 +7,12 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
 from grpo_launcher.errors import UserError
-from grpo_launcher.launch.hardware import free_ports, interface_towards, is_port_free
+from grpo_launcher.launch.hardware import free_ports, is_port_free, way_to
 from grpo_launcher.layout import ADAPTER_RANKS, Hardware, Layout, server_dtype
 from grpo_launcher.preflight_runner import PROJECT, Report
 from grpo_launcher.runs import ACCELERATE_FILE
@@ -41,7 +42,7 @@ def find_node(options) -> Node:
     """Return this machine's part, from the launcher's options."""
     if options.num_nodes == 1:
         return Node()
-    return Node(options.node_rank, options.main_address, options.main_port, interface_towards(options.main_address))
+    return Node(options.node_rank, options.main_address, options.main_port, way_to(options.main_address)[0])
 
 
 def describe_ports(values: dict, layout: Layout, node: Node) -> list[str]:
@@ -52,8 +53,9 @@ def describe_ports(values: dict, layout: Layout, node: Node) -> list[str]:
     lines.append(f"  {node.address}:{node.port}, for all nodes (the meeting point, on node 0)")
     lines.append(f"  every port of {node.interface} from 1024 on, for all nodes (the ranks among each other)")
     if layout.use_vllm and layout.vllm_mode == "server":
-        nccl = f", and its port {values['vllm_group_port']} (NCCL)" if values["weight_sync"] == "nccl" else ""
-        lines.append(f"  {layout.server_url}{nccl}, for node 0 (the vLLM server)")
+        lines.append(f"  {layout.server_url}, for node 0 (the vLLM server)")
+        if values["weight_sync"] == "nccl":
+            lines.append(f"  {node.address}:{values['vllm_group_port']}, for the vLLM server (its weights, on node 0)")
     if ipaddress.ip_address(socket.gethostbyname(node.address)).is_global:
         lines.append(f"  warning: {node.address} is a public address, and these doors ask nobody who comes in")
     return lines
@@ -89,7 +91,8 @@ def accelerate_config(values: dict, layout: Layout, node: Node) -> dict:
 def trainer_command(layout: Layout, hardware: Hardware, folder: Path, node: Node) -> Command:
     """Return the command of the training ranks. They read everything from run.json in the run folder."""
     if layout.train_gpus:
-        devices = _gpu_env(layout.train_gpus) | {"VLLM_HOST_IP": HOST}
+        host = urlsplit(layout.server_url).hostname if layout.server_url else HOST
+        devices = _gpu_env(layout.train_gpus) | {"VLLM_HOST_IP": way_to(host)[1]}  # the server connects to it
     else:
         threads = max(1, len(hardware.cpus) // 2)
         devices = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
@@ -97,7 +100,8 @@ def trainer_command(layout: Layout, hardware: Hardware, folder: Path, node: Node
         argv = [sys.executable, "-P", "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
     else:
         argv = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
-        devices |= {"GLOO_SOCKET_IFNAME": node.interface, "NCCL_SOCKET_IFNAME": node.interface}
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        devices |= {name: os.environ.get(name, node.interface) for name in names}
     argv += ["--config_file", str(folder / ACCELERATE_FILE)]
     # accelerate puts the working directory on PYTHONPATH: a user's queue.py would replace Python's. env undoes it.
     argv += ["--no_python", "env", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", sys.executable, "-u"]

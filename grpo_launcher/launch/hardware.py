@@ -119,20 +119,23 @@ def is_port_free(port: int) -> bool:
     return True
 
 
-def interface_towards(address: str) -> str:
-    """Return the name of the network interface from which this machine reaches an address.
+def way_to(address: str) -> tuple[str, str]:
+    """Return the network interface from which this machine reaches an address, and its own address there.
 
     Raises:
-        UserError: there is no way to it.
+        UserError: there is no way to it, or it is this machine's name for itself.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # of a datagram: nothing is sent
             own = probe.getsockname()[0]
     except OSError as error:
-        raise UserError("--main_address", f"{address} cannot be reached: {error}", "name node 0's address") from error
+        raise UserError("address", f"{address} cannot be reached: {error}", "write it as a number") from error
+    if own.startswith("127.") and not address.startswith(("127.", "localhost")):
+        raise UserError("address", f"{address} is {own} here, which other machines do not reach", "write a number")
     interfaces = psutil.net_if_addrs().items()
-    return next(name for name, addresses in interfaces if any(found.address == own for found in addresses))
+    names = [name for name, addresses in interfaces if any(found.address == own for found in addresses)]
+    return (names or ["lo"])[0], own
 
 
 def free_ports(count: int) -> list[int]:

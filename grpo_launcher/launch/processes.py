@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 GRACE = 10.0  # seconds between TERM and KILL
 _libc = ctypes.CDLL(None)
 
@@ -77,10 +78,16 @@ def start(command: list[str], env: dict[str, str] | None = None, **streams) -> s
 
     def die_with_parent():
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        let_stacks_be_read()
 
     streams = {"stdin": subprocess.DEVNULL} | streams
     env = os.environ | (env or {})
     return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=die_with_parent, **streams)
+
+
+def let_stacks_be_read() -> None:
+    """Let py-spy, a process of the same user, look into this one, which Ubuntu allows to parents alone."""
+    _libc.prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
 
 
 def start_undertaker(folder: str) -> subprocess.Popen:

@@ -1,5 +1,6 @@
 """A run that does nothing any more: how that is found out, and what each of its processes was doing."""
 
+import http.client
 import re
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from grpo_launcher.launch.processes import descendants
-from grpo_launcher.runs import PROGRESS
+from grpo_launcher.runs import PROGRESS, Run
 
 STACKS = "stacks.txt"
 GENERATION_LIMIT = 600.0  # seconds without a token after which a server that has requests counts as stuck
 LOOK = 10.0  # seconds between two looks at the server's counters
 SHARE = 0.9  # of ddp_timeout, after which torch ends a rank that waits, and nothing can be asked any more
+ALONE = 4  # times ddp_timeout, where no rank waits for another, or where vLLM in the ranks does not tell how far it is
 
 
 class Generation:
@@ -34,10 +36,11 @@ class Generation:
         now = time.monotonic()
         if now - self.last_look < LOOK:
             return
-        self.last_look, before = now, self.tokens
+        before = self.tokens
         self.requests, self.tokens = vllm_load(self.url)
+        self.last_look = time.monotonic()
         if self.tokens != before or not self.requests:
-            self.last_token = now
+            self.last_token = self.last_look
 
     def trouble(self) -> str | None:
         """Return what is wrong with the server, or None."""
@@ -55,7 +58,7 @@ def vllm_load(url: str) -> tuple[int, float | None]:
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=1) as answer:
             metrics = answer.read().decode()
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return 0, None
 
     def total(*names: str) -> float:
@@ -66,19 +69,33 @@ def vllm_load(url: str) -> tuple[int, float | None]:
     return requests, total("generation_tokens_total", "prompt_tokens_total")
 
 
+def read_progress(folder: Path) -> tuple[str, float]:
+    """Return what the trainer of a run is doing, and since when in seconds since the epoch; ("", 0) before it says so.
+
+    The main rank writes it, which may be on another machine: a network's file system fails now and then.
+    """
+    try:
+        return (folder / PROGRESS).read_text(encoding="utf-8"), (folder / PROGRESS).stat().st_mtime
+    except OSError:
+        return "", 0.0
+
+
 class Deadline:
-    """How long the trainer may show no sign of life: nine tenths of ddp_timeout.
+    """How long the trainer may show no sign of life.
 
     A sign of life is another line in progress.txt, or a token of the server.
 
     Args:
-        folder: of the run.
-        limit: ddp_timeout, in seconds. What takes longer in one rank ends the others anyway.
+        run: nine tenths of its ddp_timeout are the limit where ranks wait for each other: what takes longer in one of
+            them ends the others anyway. Where none waits it is ALONE times ddp_timeout.
     """
 
-    def __init__(self, folder: Path, limit: float):
-        self.progress, self.limit = folder / PROGRESS, SHARE * limit
-        self.signs, self.since = None, time.monotonic()
+    def __init__(self, run: Run):
+        has_server = "server" in run.commands or run.layout["server_url"]
+        self.limit = run.values["ddp_timeout"] * (SHARE if has_server and run.layout["ranks"] > 1 else ALONE)
+        if run.layout["server_url"]:  # which the ranks wait for themselves
+            self.limit += run.values["vllm_server_timeout"]
+        self.folder, self.signs, self.since = Path(run.values["output_dir"]), None, time.monotonic()
 
     def trouble(self, server) -> str | None:
         """Return what has taken too long, or None.
@@ -86,8 +103,7 @@ class Deadline:
         Args:
             server: a supervise.Server, or None. While it starts its own deadline holds.
         """
-        work = self.progress.read_text(encoding="utf-8") if self.progress.exists() else "start"
-        changed = self.progress.stat().st_mtime_ns if self.progress.exists() else 0
+        work, changed = read_progress(self.folder)
         signs, now = (changed, server and server.generation.tokens), time.monotonic()
         has_own_deadline = (server and not server.is_up) or "pushing" in work  # a start, and the Hub's client
         if signs != self.signs or has_own_deadline:
@@ -95,7 +111,7 @@ class Deadline:
         if now - self.since < self.limit:
             return None
         fix = "If it only needs longer, raise ddp_timeout."
-        return f"Nothing has happened for {now - self.since:.0f} s (nine tenths of ddp_timeout) in: {work}. {fix}"
+        return f"Nothing has happened for {now - self.since:.0f} s in: {work or 'start'}. {fix}"
 
 
 def write_stacks(folder: Path, server: int | None) -> str:

@@ -1,6 +1,7 @@
 """Supervise a run: server and trainer start together, are watched, and stop together."""
 
 import functools
+import http.client
 import os
 import re
 import signal
@@ -9,7 +10,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +18,7 @@ from pathlib import Path
 from grpo_launcher.errors import EXIT_GUARD, EXIT_LOST, EXIT_RESUME
 from grpo_launcher.launch.hardware import GIB, cgroup
 from grpo_launcher.launch.processes import descendants, first_term, start, start_undertaker, stop, watch_over
-from grpo_launcher.launch.stuck import LOOK, Deadline, Generation, vllm_load, write_stacks
+from grpo_launcher.launch.stuck import LOOK, Deadline, Generation, read_progress, vllm_load, write_stacks
 from grpo_launcher.runs import END_REQUEST, PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
@@ -26,7 +26,8 @@ UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server
 OUT_OF_MEMORY = re.compile(r"MemoryError|(can't|[Uu]nable to|Cannot) allocate memory|bad_alloc")
 NOISE = re.compile(r"destroy_process_group|torch/distributed/elastic/multiprocessing")  # behind any failure of a rank
 # In an exception: another process, or the connection to it, has gone
-LOST = re.compile(r"Dist(Backend|Network|Store)Error|AcceleratorError|NCCL|gloo|the vLLM server was lost")
+LOST = r"Dist(Backend|Network|Store)Error|AcceleratorError|NCCL|gloo|the vLLM server was lost|Max retries exceeded"
+LOST = re.compile(rf"{LOST}|Request failed: 5\d\d")
 SILENCE = 10.0  # seconds without a line until the console says what goes on; six times as long in a file
 
 
@@ -74,7 +75,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
             trainer = start_child("trainer", stdout=subprocess.PIPE, stderr=train_log)
             echo = threading.Thread(target=_echo, args=(trainer.stdout, train_log, screen), daemon=True)
             echo.start()
-            status = _watch(screen, trainer, server, Deadline(folder, run.values["ddp_timeout"]))
+            status = _watch(screen, trainer, server, Deadline(run))
             if status is None:
                 return EXIT_LOST if server is None or server.was_up else 1  # one that never came up never will
             echo.join(5)
@@ -268,7 +269,7 @@ class Screen:
     """
 
     def __init__(self, folder: Path, server_url: str | None = None):
-        self.folder, self.progress, self.server_url = folder, folder / PROGRESS, server_url
+        self.folder, self.server_url = folder, server_url
         self.was_asked = self.has_told = False  # to end, and the user that it was
         self.is_terminal = sys.stdout.isatty()
         self.lock = threading.Lock()
@@ -297,7 +298,7 @@ class Screen:
 
         A signal calls it, at any moment: it must not wait for the lock.
         """
-        is_training = self.progress.exists() and self.progress.read_text(encoding="utf-8").startswith("step ")
+        is_training = read_progress(self.folder)[0].startswith("step ")
         if is_training:
             self.was_asked = True
             (self.folder / END_REQUEST).touch()
@@ -309,10 +310,10 @@ class Screen:
             self.has_told = True
             self.show("TERM: this step ends with a checkpoint, and the run with it. A second TERM ends it at once.\n")
         silence = time.monotonic() - self.last
-        if silence < (SILENCE if self.is_terminal else 6 * SILENCE) or not self.progress.exists():
+        work, since = read_progress(self.folder)
+        if silence < (SILENCE if self.is_terminal else 6 * SILENCE) or not work:
             return
-        seconds = time.time() - self.progress.stat().st_mtime
-        work = self.progress.read_text(encoding="utf-8")
+        seconds = time.time() - since
         if "generating" in work and self.server_url and (left := vllm_load(self.server_url)[0]):
             work += f", {left} of them left"
         text = f"  {work} ({seconds:.0f} s)"
@@ -350,7 +351,7 @@ def _is_healthy(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -360,7 +361,7 @@ def _last_line(log: Path) -> str:
 
 def first_traceback(log: str) -> str:
     """Return the first Python traceback near a log's end, or its last lines where there is none."""
-    lines = log.splitlines()[-400:]
+    lines = log.splitlines()[-1000:]
     starts = ("Traceback (most recent call last)", "Fatal Python error")
     first = next((i for i, line in enumerate(lines) if any(start in line for start in starts)), None)
     if first is None:

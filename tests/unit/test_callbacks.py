@@ -182,7 +182,7 @@ def test_a_line_a_step_and_metrics_go_on_behind_a_resumed_checkpoint(tmp_path, c
 
 def test_the_micro_batches_of_a_step_are_told(tmp_path):
     """And what may take time behind it. Only the main rank says so."""
-    args, control = SimpleNamespace(gradient_accumulation_steps=4), TrainerControl()
+    args, control = SimpleNamespace(gradient_accumulation_steps=4, push_to_hub=False), TrainerControl()
     for is_main in (False, True):
         log, state = RunLog(tmp_path), TrainerState(is_world_process_zero=is_main, global_step=2)
         log.on_step_begin(args, state, control)

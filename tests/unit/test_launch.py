@@ -142,7 +142,7 @@ def test_each_node_has_its_part_of_the_run(launch, tmp_path, capsys):
 
 
 def test_a_public_address_is_warned_of(launch, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "interface_towards", lambda address: "eth0")
+    monkeypatch.setattr(commands, "way_to", lambda address: ("eth0", "8.8.8.8"))
     flags = NODES.replace("127.0.0.1 ", "8.8.8.8 ")
     assert launch(f"{SMALL} {flags} --output_dir run --dry-run") == 0
     assert "8.8.8.8 is a public address" in capsys.readouterr().out

@@ -86,7 +86,8 @@ def run(tmp_path, monkeypatch, capfd):
             commands["server"] = command(server.replace("PORT", str(port)))
         plan = {"plan": ["memory: 0.1 GiB", "context: 2"], "lighter": "--per_device_train_batch_size 4"}
         values = {"output_dir": str(tmp_path), "max_server_restarts": restarts, "ddp_timeout": ddp}
-        stub = Run(tmp_path, "stub", values, [], commands=commands, **plan)
+        layout = {"ranks": 2, "server_url": None}
+        stub = Run(tmp_path, "stub", values, [], commands=commands, layout=layout, **plan)
         status = supervise(stub, f"http://127.0.0.1:{port}" if server else None, timeout)
         assert started and all(child.poll() is not None for child in started)
         assert list((tmp_path / "shm").iterdir()) == []
@@ -383,10 +384,11 @@ time.sleep(300)
 
 def test_a_rank_that_hangs_is_named(run, tmp_path, capfd):
     """Within nine tenths of ddp_timeout. py-spy reads the stacks, of a process that is stopped too."""
-    assert run(STUCK.replace("FOLDER", str(tmp_path)), ddp=6) == EXIT_LOST
+    assert run(STUCK.replace("FOLDER", str(tmp_path)), HEALTHY, ddp=8) == EXIT_LOST
     errors = capfd.readouterr().err
     assert "step 3: training" in errors and "ddp_timeout" in errors
     rank_0, rank_1 = re.findall("^  rank (.*)", errors, re.MULTILINE)
+    assert "the vLLM server, process" in errors
     assert "wait_for_the_other" in rank_0 and "stopped (SIGSTOP" in rank_1
     assert "wait_for_the_other" in (tmp_path / "stacks.txt").read_text()
 
@@ -399,7 +401,10 @@ def test_signs_of_life_put_the_deadline_off(tmp_path, monkeypatch):
     seconds = [0.0]
     monkeypatch.setattr(stuck, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
     server = SimpleNamespace(is_up=True, generation=SimpleNamespace(tokens=1.0))
-    deadline, progress = stuck.Deadline(tmp_path, 100), tmp_path / "progress.txt"
+    values = {"output_dir": str(tmp_path), "ddp_timeout": 100, "vllm_server_timeout": 50}
+    layout, beside = {"ranks": 2, "server_url": None}, {"commands": {"server": None}}
+    deadline = stuck.Deadline(Run(tmp_path, "", values, [], layout=layout, **beside))
+    progress = tmp_path / "progress.txt"
 
     def trouble_after(wait: float) -> bool:
         seconds[0] += wait
@@ -419,6 +424,10 @@ def test_signs_of_life_put_the_deadline_off(tmp_path, monkeypatch):
     assert not trouble_after(89) and trouble_after(2)
     progress.write_text("saving and pushing the final checkpoint")
     assert not trouble_after(500) and not trouble_after(500)
+    alone = stuck.Deadline(Run(tmp_path, "", values, [], layout=layout | {"ranks": 1}, **beside))
+    another = stuck.Deadline(Run(tmp_path, "", values, [], layout=layout | {"server_url": "http://there"}))
+    colocated = stuck.Deadline(Run(tmp_path, "", values, [], layout=layout))
+    assert (alone.limit, another.limit, colocated.limit) == (400, 140, 400)
 
 
 def test_a_server_that_is_stopped_is_lost(run, tmp_path, capfd, monkeypatch):
@@ -435,11 +444,11 @@ def test_a_server_that_is_stopped_is_lost(run, tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize(("step", "requests"), [(0, 2), (1, 2), (0, 0)], ids=["hangs", "generates", "idles"])
 def test_a_server_is_judged_by_its_tokens(step, requests, run, capfd, monkeypatch):
     """One that answers and makes none is lost, unless nothing is asked of it."""
-    monkeypatch.setattr(stuck, "GENERATION_LIMIT", 1)
+    monkeypatch.setattr(stuck, "GENERATION_LIMIT", 3)
     monkeypatch.setattr(stuck, "LOOK", 0.1)
     server = COUNTS.replace("STEP", str(step)).replace("REQUESTS", str(requests))
     is_stuck = (step, requests) == (0, 2)
-    assert run(STAY if is_stuck else "import time; time.sleep(4)", server) == (EXIT_LOST if is_stuck else 0)
+    assert run(STAY if is_stuck else "import time; time.sleep(6)", server) == (EXIT_LOST if is_stuck else 0)
     assert ("has made no token" in capfd.readouterr().err) == is_stuck
 
 
