@@ -214,7 +214,7 @@ def disks(folder: Path) -> Iterator[dict]:
     output = folder / "small"
     with small_folder(output, "size=30m"):
         run = launch(folder, "--output_dir", "small/run", "--save_steps", "1")
-        yield ended("disk full in a save", run, 1, "No space left on device|file is too short|unexpected pos")
+        yield ended("disk full in a save", run, 1, r"The disk of \S+ is full[^\n]*")
         whole = last_checkpoint(output / "run", ranks=2)
         assert whole, list((output / "run").iterdir())
         run.leftovers()
@@ -223,7 +223,15 @@ def disks(folder: Path) -> Iterator[dict]:
         yield ended("output folder read-only", run, EXIT_REFUSED, r"error: output_dir: [^\n]*")
     run = launch(folder)
     with small_folder(run.shared_memory, "size=1m"):
-        yield ended("/dev/shm full", run, 1, "No space left on device")
+        yield ended("/dev/shm full from the start", run, EXIT_REFUSED, r"error: weight_sync: [^\n]*")
+    run = launch(folder)
+    with small_folder(run.shared_memory, "size=1g"):
+        until(run, "step 2: training")
+        with tempfile.TemporaryFile(dir=run.shared_memory, buffering=0) as filler:
+            with contextlib.suppress(OSError):
+                while True:
+                    filler.write(bytes(2**20))
+            yield ended("/dev/shm full in the middle", run, 1, "No space left on device")
 
 
 def rewards(folder: Path) -> Iterator[dict]:

@@ -4,6 +4,7 @@ import functools
 import http.client
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ NOISE = re.compile(r"destroy_process_group|torch/distributed/elastic/multiproces
 # In an exception: another process, or the connection to it, has gone
 LOST = r"Dist(Backend|Network|Store)Error|AcceleratorError|NCCL|gloo|the vLLM server was lost|Max retries exceeded"
 LOST = re.compile(rf"{LOST}|Request failed: 5\d\d")
+FULL = 2**26  # bytes that are free on a disk where a write has just failed, or fewer
 SILENCE = 10.0  # seconds without a line until the console says what goes on; six times as long in a file
 
 
@@ -226,7 +228,10 @@ class Witness:
         memory = self.out_of_memory()
         if not memory and OUT_OF_MEMORY.search(first_traceback(log)):
             memory = f" The memory had run out.{self.remedy}"
-        message = f"The trainer failed (exit status {status}).{memory}"
+        disk = ""
+        if shutil.disk_usage(self.folder).free < FULL:
+            disk = f" The disk of {self.folder} is full. Fix: free some of it, or save_total_limit: 2."
+        message = f"The trainer failed (exit status {status}).{memory}{disk}"
         self.is_over.set()
         self.watcher.join()
         self._read_logs()

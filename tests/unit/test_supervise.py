@@ -452,6 +452,15 @@ def test_a_server_is_judged_by_its_tokens(step, requests, run, capfd, monkeypatc
     assert ("has made no token" in capfd.readouterr().err) == is_stuck
 
 
+@pytest.mark.parametrize("free", [2**20, 2**40])
+def test_a_full_disk_is_named(free, run, tmp_path, capfd, monkeypatch):
+    """Then torch may say `iostream error` alone."""
+    monkeypatch.setattr(supervise_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    assert run("raise RuntimeError('iostream error')") == 1
+    errors = capfd.readouterr().err
+    assert (f"The disk of {tmp_path} is full." in errors) == (free == 2**20) and "iostream error" in errors
+
+
 SERVER_FAILS = """
 import sys, threading, time
 time.sleep(WAIT)
