@@ -100,7 +100,7 @@ def plot_run(run: Path) -> Path | None:
 
 def _metrics(run: Path) -> pandas.DataFrame:
     """Return the logged lines as rows, with `tokens_per_second`."""
-    frame = pandas.DataFrame(read_metrics(run))
+    frame = pandas.DataFrame(read_metrics(run)).apply(pandas.to_numeric, errors="coerce")  # null, where none is rated
     if not {"step_time", "num_tokens"} <= set(frame):
         return frame
     train = frame[["step", "step_time", "num_tokens"]].dropna()
