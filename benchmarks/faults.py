@@ -237,7 +237,13 @@ def disks(folder: Path) -> Iterator[dict]:
 def rewards(folder: Path) -> Iterator[dict]:
     for fault, do, flags, status, sentence in [
         ("reward that fails", "raise KeyError('price')", [], 1, "KeyError: 'price'"),
-        ("reward that hangs", "__import__('time').sleep(9999)", ["--reward_timeout", "2"], 0, r"reward took over 2 s and rates none[^\n]*"),
+        (
+            "reward that hangs",
+            "__import__('time').sleep(9999)",
+            ["--reward_timeout", "2"],
+            0,
+            "reward took over 2 s and rates none",
+        ),
     ]:
         (folder / "mine.py").write_text(REWARD.replace("DO", do))
         run = launch(folder, "--reward_funcs", "mine.py:reward", "--reward_kwargs", "{}", *flags)
