@@ -388,9 +388,11 @@ def test_a_rank_that_hangs_is_named(run, tmp_path, capfd):
     errors = capfd.readouterr().err
     assert "step 3: training" in errors and "ddp_timeout" in errors
     rank_0, rank_1 = re.findall("^  rank (.*)", errors, re.MULTILINE)
-    assert "the vLLM server, process" in errors
-    assert "wait_for_the_other" in rank_0 and "stopped (SIGSTOP" in rank_1
-    assert "wait_for_the_other" in (tmp_path / "stacks.txt").read_text()
+    stacks = (tmp_path / "stacks.txt").read_text()
+    assert "the vLLM server, process" in errors and "stopped (SIGSTOP" in rank_1
+    if "ermission" in stacks:
+        pytest.skip("py-spy may not look into other processes here")
+    assert "wait_for_the_other" in rank_0 and "wait_for_the_other" in stacks
 
 
 def test_signs_of_life_put_the_deadline_off(tmp_path, monkeypatch):
