@@ -511,7 +511,7 @@ class Trainer(GRPOTrainer):
         share = -(-len(prompts) // ranks)
         prompts += prompts[-1:] * (share * ranks - len(prompts))
         own_share = prompts[rank * share : (rank + 1) * share]
-        self._report(self._generating)
+        self._report(f"generating {len(prompts)} completions")
         ids, logprobs = self._until_answered(functools.partial(super()._generate_single_turn, own_share, None, {}, 1))
         start = sum(len(rank_prompts) for rank_prompts in prompts_by_rank[:rank])
         own = slice(start, start + len(prompt_ids))
