@@ -239,7 +239,8 @@ def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: st
     """Refuse what would have no effect where the launcher starts no server."""
     is_colocate = layout.use_vllm and layout.vllm_mode == "colocate"
     names = ["vllm_server_args"] if is_colocate else SERVER_FIELDS  # the others are settings of vLLM in the ranks too
-    names = [] if options.serves or options.num_nodes > 1 else names  # all machines have one command
+    if layout.use_vllm and layout.server_url and (options.serves or options.num_nodes > 1):
+        names = []  # all machines have one command, that of the server too
     names = [name for name in (*names, "max_server_restarts") if name in choice.given]
     if options.colocate and not layout.use_vllm:
         names.append("--colocate")

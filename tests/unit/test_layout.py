@@ -34,6 +34,8 @@ def test_several_nodes_train_on_all_their_gpus(gpus, ranks):
     if gpus:
         colocated, _, refused = choose(gpus, options=Options(colocate=True, num_nodes=2))
         assert refused == [] and colocated.ranks == ranks and colocated.vllm_mode == "colocate"
+        options, unused = Options(colocate=True, num_nodes=2), ["--seed=1"]
+        assert choose(gpus, options=options, vllm_server_args=unused)[2] == ["vllm_server_args"]
     for options in (nodes, Options(num_nodes=2, serves=True), Options(serves=True)):
         assert choose(gpus, options=options, vllm_server_base_url=url, vllm_server_args=["--seed=1"])[2] == []
 
