@@ -115,7 +115,7 @@ def vllm_server(model: str, flags: list[str], environment: dict[str, str]):
     serve += ["--host", "127.0.0.1", "--port", str(port), "--generation-config", "vllm"]
     serve += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
     serve += ["--worker-extension-cls", "grpo_launcher.weight_sync_worker.DiskSyncWorker"]
-    environment = environment | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = environment | {"VLLM_SERVER_DEV_MODE": "1"}
     log = Path(model).parent / "server.log"
     with (
         open(log, "wb") as output,

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pandas
 from common import parser, show
-from helpers import ROOT, Launch, run_python
+from helpers import ROOT, Launch, environment_of, run_python
 
 from grpo_launcher.errors import EXIT_LOST, EXIT_REFUSED, EXIT_RESUME
 from grpo_launcher.launch.hardware import free_ports
@@ -58,16 +58,10 @@ def until(run: Launch, text: str) -> None:
         time.sleep(0.002)
 
 
-def server_of(run: Launch):
-    """Return the process of a run's vLLM server."""
-    return next(process for process in run.processes() if "vllm.entrypoints.openai.api_server" in process.cmdline())
-
-
 def rank_of(run: Launch, rank: int):
     """Return the process of a rank."""
     for process in run.processes():
-        environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in environment and any("train.py" in word for word in process.cmdline()):
+        if f"RANK={rank}" in environment_of(process) and any("train.py" in word for word in process.cmdline()):
             return process
     sys.exit(f"there is no rank {rank}:\n{run.tail()}")
 
@@ -102,11 +96,11 @@ def row(fault: str, run: Launch, seconds: float, status: int | None, sentence: s
     }
 
 
-def ended(fault: str, run: Launch, status: int, sentence: str, steps: bool = False, patience: float = 400) -> dict:
+def ended(fault: str, run: Launch, status: int, sentence: str, steps: bool = False) -> dict:
     """Wait for the end of a run and return its row. The seconds are those from now."""
     start = time.monotonic()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        run.process.wait(patience)
+        run.process.wait(400)
     return row(fault, run, time.monotonic() - start, status, sentence, steps)
 
 
@@ -133,7 +127,7 @@ def a_server(folder: Path) -> Iterator[dict]:
     }
     for number, (fault, (when, act, sentence)) in enumerate(faults.items(), 1):
         until(run, when)
-        getattr(server_of(run), act)()
+        getattr(run.servers()[0], act)()
         start = time.monotonic()
         run.wait_for(f"step {number + 1}/{STEPS}")
         assert run.text().count(again) == number, run.tail()
@@ -145,7 +139,7 @@ def a_server(folder: Path) -> Iterator[dict]:
 def a_server_that_never_comes(folder: Path) -> Iterator[dict]:
     run = launch(folder)
     run.wait_for("Waiting for the vLLM server")
-    server_of(run).kill()
+    run.servers()[0].kill()
     yield ended("server killed before it is up", run, 1, r"The vLLM server was ended by signal 9[^.]*")
     run = launch(folder, "--vllm_server_timeout", "3")
     yield ended("server never healthy (from the start)", run, 1, r"gave no healthy answer for \d+ s")
@@ -217,7 +211,6 @@ def disks(folder: Path) -> Iterator[dict]:
         yield ended("disk full in a save", run, 1, r"The disk of \S+ is full[^\n]*")
         whole = last_checkpoint(output / "run", ranks=2)
         assert whole, list((output / "run").iterdir())
-        run.leftovers()
     with small_folder(output, "ro"):
         run = launch(folder, "--output_dir", "small/run")
         yield ended("output folder read-only", run, EXIT_REFUSED, r"error: output_dir: [^\n]*")

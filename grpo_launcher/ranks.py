@@ -1,9 +1,10 @@
 """accelerate launch for the ranks of one machine, which meet at an address that other machines do not reach.
 
-python -m grpo_launcher.ranks --rdzv_backend loopback [option of accelerate launch ...]
+python -m grpo_launcher.ranks [option of accelerate launch ...]
 """
 
 import socket
+import sys
 
 from accelerate.commands.launch import main
 from torch.distributed import TCPStore
@@ -29,4 +30,5 @@ class Loopback(StaticTCPRendezvous):
 
 if __name__ == "__main__":
     rendezvous_handler_registry.register(BACKEND, Loopback)
+    sys.argv[1:1] = ["--rdzv_backend", BACKEND]  # accelerate does not read it from its file
     main()

@@ -156,6 +156,10 @@ class Launch:
         """Return the run's living processes."""
         return marked(self.mark)
 
+    def servers(self) -> list[psutil.Process]:
+        """Return the processes of its vLLM server."""
+        return [process for process in self.processes() if "vllm.entrypoints.openai.api_server" in process.cmdline()]
+
     def leftovers(self, patience: float = 0) -> list:
         """Return processes and shared-memory files that are still there after `patience` seconds."""
         deadline = time.monotonic() + patience

@@ -97,7 +97,7 @@ def trainer_command(layout: Layout, hardware: Hardware, folder: Path, node: Node
         threads = max(1, len(hardware.cpus) // 2)
         devices = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     if layout.num_nodes == 1:
-        argv = [sys.executable, "-P", "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
+        argv = [sys.executable, "-P", "-m", "grpo_launcher.ranks"]
     else:
         argv = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
         names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

@@ -27,8 +27,10 @@ UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server
 OUT_OF_MEMORY = re.compile(r"MemoryError|(can't|[Uu]nable to|Cannot) allocate memory|bad_alloc")
 NOISE = re.compile(r"destroy_process_group|torch/distributed/elastic/multiprocessing")  # behind any failure of a rank
 # In an exception: another process, or the connection to it, has gone
-LOST = r"Dist(Backend|Network|Store)Error|AcceleratorError|NCCL|gloo|the vLLM server was lost|Max retries exceeded"
-LOST = re.compile(rf"{LOST}|Request failed: 5\d\d")
+LOST = re.compile(
+    r"Dist(Backend|Network|Store)Error|AcceleratorError|NCCL|gloo|the vLLM server was lost|Max retries exceeded"
+    r"|Request failed: 5\d\d"
+)
 FULL = 2**26  # bytes that are free on a disk where a write has just failed, or fewer
 SILENCE = 10.0  # seconds without a line until the console says what goes on; six times as long in a file
 
@@ -225,8 +227,8 @@ class Witness:
         report = re.search(r"failed \(exitcode: -(\d+)\) local_rank: (\d+) \(pid: (\d+)\)", log)
         if report:
             return self.killed(f"Rank {report[2]}", int(report[1]), int(report[3]), "train.log"), True
-        memory = self.out_of_memory()
-        if not memory and OUT_OF_MEMORY.search(first_traceback(log)):
+        memory, traceback = self.out_of_memory(), first_traceback(log)
+        if not memory and OUT_OF_MEMORY.search(traceback):
             memory = f" The memory had run out.{self.remedy}"
         disk = ""
         if shutil.disk_usage(self.folder).free < FULL:
@@ -238,7 +240,7 @@ class Witness:
         if self.first_anomaly == "server.log":
             before = self.with_traceback("The vLLM server had failed before it.", "server.log")
             message = f"{before}\n\n{message}"
-        exception = re.sub(r"(?m)^(\[rank\d+\]: )?\s.*", "", first_traceback(log))
+        exception = re.sub(r"(?m)^(\[rank\d+\]: )?\s.*", "", traceback)
         return self.with_traceback(message, "train.log"), bool(LOST.search(exception))
 
     def killed(self, who: str, number: int, pid: int, log: str) -> str:

@@ -19,11 +19,6 @@ FLAGS += ["--per_device_train_batch_size", "8"]
 FLAGS += ["--sample_every", "0", "--max_steps", "50", "--save_steps", "3", "--overlap", "true"]
 
 
-def server_of(run):
-    """The processes of a run's vLLM server."""
-    return [process for process in run.processes() if "vllm.entrypoints.openai.api_server" in process.cmdline()]
-
-
 def test_a_killed_run_resumes_and_stops(workplace, launch):
     """After KILL nothing is left, not even a server that hears no TERM. --resume takes the last whole checkpoint.
 
@@ -37,7 +32,7 @@ def test_a_killed_run_resumes_and_stops(workplace, launch):
     connections = [each for process in first.processes() for each in process.net_connections("inet")]
     listening = {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
     assert listening == {"127.0.0.1"}, "a door is open to other machines"
-    for process in server_of(first):
+    for process in first.servers():
         process.suspend()
     first.process.kill()
     assert first.leftovers(patience=60) == []
@@ -45,7 +40,7 @@ def test_a_killed_run_resumes_and_stops(workplace, launch):
     (first.run_folder() / "checkpoint-4").mkdir()  # half-written
     second = launch(workplace, *FLAGS, "--resume")
     second.wait_for("step  6/50")
-    for process in server_of(second):
+    for process in second.servers():
         process.kill()
     second.wait_for("step  9/50")
     second.process.send_signal(signal.SIGTERM)

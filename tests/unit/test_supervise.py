@@ -322,8 +322,7 @@ def test_accelerate_tells_which_rank_was_killed(parallel, ranks, who, run, tmp_p
     layout = SimpleNamespace(parallel=parallel, ranks=ranks, num_nodes=1, train_gpus=[])
     config = commands.accelerate_config({"bf16": False, "fp16": False}, layout, commands.Node())
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    words = [sys.executable, "-m", "grpo_launcher.ranks", "--rdzv_backend", "loopback"]
-    words += ["--config_file", f"{tmp_path}/accelerate.yaml"]
+    words = [sys.executable, "-m", "grpo_launcher.ranks", "--config_file", f"{tmp_path}/accelerate.yaml"]
     words += ["--no_python", sys.executable, "-c", RANK.replace("LAST", str(ranks - 1))]
     assert run(f"import os; os.execv({sys.executable!r}, {words!r})") == EXIT_LOST
     assert f"{who} was ended by signal 9 (SIGKILL)." in capfd.readouterr().err

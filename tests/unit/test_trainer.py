@@ -307,7 +307,7 @@ def test_ranks_with_different_numbers_of_turns_keep_their_prompts(monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", single_turn)
     monkeypatch.setattr(GRPOTrainer, "_tool_call_loop", loop)
-    monkeypatch.setattr(type(ranks.trainer(0)), "_report", lambda self, work: None)
+    monkeypatch.setattr(Trainer, "_report", lambda self, work: None)
     trainers = [ranks.trainer(rank) for rank in range(2)]
     results = ranks.run(lambda rank: trainers[rank]._tool_call_loop([], [], [], [], None, None, {}))
     assert results[0][2] == [[110], [111], [112]] and results[1][2] == [[120], [121], [122], [123]]
