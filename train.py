@@ -120,7 +120,6 @@ def memory_peak(accelerator) -> float:
 def run(argv: list[str]) -> None:
     """Run main() as a program: messages of a refusal, and the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # beside a busy process a step would take 20 times as long
     let_stacks_be_read()
     hub.use_cache_if_unreachable()
     try:

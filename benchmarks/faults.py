@@ -4,12 +4,13 @@ python benchmarks/faults.py [NAME ...] [--output FILE]
 
 A row says how many seconds it took until the run had ended or went on, its exit status, the sentence that the console
 shows, the processes and files in shared memory that were left, and whether all steps came once in the end. The exit
-status is 1 where a row is not as it should be. Limits that are minutes are set to seconds. Half an hour on two cores;
-folders that are full or read-only, and the limit of memory, need root.
+status is 1 where a row is not as it should be. Limits that are minutes are set to seconds. Half an hour on two cores.
+Full and read-only folders, limited memory and several nodes need root. the_clock needs pip's libfaketime.
 """
 
 import contextlib
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import pandas
 from common import parser, show
-from helpers import ROOT, Launch, environment_of, run_python
+from helpers import ROOT, Launch, environment_of, ip, on_machine, run_python, three_machines
 
 from grpo_launcher.errors import EXIT_LOST, EXIT_REFUSED, EXIT_RESUME
 from grpo_launcher.launch.hardware import free_ports
@@ -41,12 +42,13 @@ supervise.UNHEALTHY_LIMIT = 20
 from grpo_launcher.launch.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
+COMMAND = [sys.executable, "-P", "-c", LAUNCHER, *FLAGS]
 REWARD = "def reward(completions, **kwargs):\n    DO\n    return [0.0] * len(completions)\n"
 
 
 def launch(folder: Path, *flags: str) -> Launch:
     """Start the launcher with low limits."""
-    return Launch(folder, command=[sys.executable, "-P", "-c", LAUNCHER, *FLAGS, *flags])
+    return Launch(folder, command=[*COMMAND, *flags])
 
 
 def until(run: Launch, text: str) -> None:
@@ -282,6 +284,44 @@ def a_judge(folder: Path) -> Iterator[dict]:
     yield ended("judge down from the start", run, EXIT_REFUSED, r"judge_reward: [^\n]*")
 
 
+def a_cable(folder: Path) -> Iterator[dict]:
+    """Two nodes and a server: one of the three is cut off."""
+    limits = ["--max_steps", str(STEPS), "--save_steps", "2", "--ddp_timeout", "90", "--vllm_server_timeout", "60"]
+    for fault, lost, sentence in [
+        ("network cut between the nodes", 1, "Nothing has happened for [^.]*"),
+        ("network cut to the server", 2, "Nothing has happened for [^.]*"),
+    ]:
+        with three_machines() as machines:
+            server = Launch(folder, command=on_machine(machines[2], *limits, "--serve"))
+            output = ["--output_dir", f"cut-{lost}"]
+            other, main = (
+                Launch(folder, command=on_machine(machines[rank], *limits, *output, "--node_rank", str(rank)))
+                for rank in (1, 0)
+            )
+            main.wait_for(f"step 3/{STEPS}")
+            ip(f"-n {machines[lost]} link set eth0 down")
+            yield ended(fault, main, EXIT_LOST, sentence)
+            yield ended("  … the other node after that", other, EXIT_LOST, sentence)
+            server.process.terminate()
+            yield ended("  … the server, after TERM", server, 143, "Stopped")
+
+
+def the_clock(folder: Path) -> Iterator[dict]:
+    """The wall clock of all processes goes forward by two hours, and back again (pip's libfaketime)."""
+    (library,) = Path(importlib.util.find_spec("libfaketime").origin).parent.rglob("libfaketime.so.1")
+    clock = folder / "clock"
+    clock.write_text("+0")
+    fake = [f"LD_PRELOAD={library}", f"FAKETIME_TIMESTAMP_FILE={clock}", "FAKETIME_NO_CACHE=1"]
+    run = Launch(folder, command=["env", *fake, "FAKETIME_DONT_FAKE_MONOTONIC=1", *COMMAND])
+    until(run, "step 3: training")
+    clock.write_text("+2h")
+    until(run, "step 5: training")
+    clock.write_text("-2h")
+    yield ended("clock set forward and back by hours", run, 0, r"Saved trainOutput/\S*", steps=True)
+    times = [line["time"] for line in run.metrics()]
+    assert max(times) - min(times) > 2 * 3600, times
+
+
 def prompts(run: Launch) -> list[list]:
     """Return the prompts of each step of a run."""
     files = sorted((run.run_folder() / "completions").glob("*.parquet"))
@@ -308,7 +348,19 @@ def two_runs(folder: Path) -> Iterator[dict]:
 
 PARTS: dict[str, Callable[[Path], Iterator[dict]]] = {
     part.__name__: part
-    for part in (a_server, a_server_that_never_comes, a_rank, memory, the_launcher, disks, rewards, a_judge, two_runs)
+    for part in (
+        a_server,
+        a_server_that_never_comes,
+        a_rank,
+        memory,
+        the_launcher,
+        disks,
+        rewards,
+        a_judge,
+        two_runs,
+        a_cable,
+        the_clock,
+    )
 }
 
 

@@ -311,6 +311,10 @@ def _require(values: dict) -> None:
         raise UserError("hub_token", problem, "set HF_TOKEN in the environment, or run `hf auth login` once")
     if values["push_to_hub"] and not values["hub_model_id"]:
         raise UserError("push_to_hub", "hub_model_id is missing", "give it, for example you/short-summaries")
+    if values["vllm_server_args"] and not values["vllm_server_args"][0].startswith("-"):
+        # vLLM would take it for a model, which it has already, and say nothing.
+        problem = f"{values['vllm_server_args'][0]!r} is no flag of the server"
+        raise UserError("vllm_server_args", problem, "write a YAML list in the recipe: ['--max-num-seqs=64']")
 
 
 def _check_ranges(values: dict) -> None:

@@ -62,6 +62,7 @@ class Layout:
     num_nodes: int = 1
     train_gpus: list[Gpu] = field(default_factory=list)
     server_gpus: list[Gpu] = field(default_factory=list)
+    tensor_parallel: int = 1  # GPUs of each replica of the server
     use_vllm: bool = False
     vllm_mode: str = "server"
     starts_server: bool = False
@@ -74,6 +75,11 @@ class Layout:
         nodes = f" of {self.num_nodes} nodes" if self.num_nodes > 1 else ""
         return f"{self.ranks} {kind}{plural} on {_names(self.train_gpus)}{nodes}; {self._generation()}"
 
+    @property
+    def replicas(self) -> int:
+        """How many copies of the model the server has."""
+        return max(1, len(self.server_gpus) // self.tensor_parallel)
+
     def _generation(self) -> str:
         if self.method == "sft":
             return "no generation (SFT)"
@@ -84,7 +90,8 @@ class Layout:
         if self.vllm_mode == "colocate":
             return "vLLM inside each rank (colocate)"
         if self.starts_server:
-            return f"vLLM server on {_names(self.server_gpus)}"
+            replicas = f" ({self.replicas} replicas)" if self.replicas > 1 else ""
+            return f"vLLM server on {_names(self.server_gpus)}{replicas}"
         return f"vLLM server at {self.server_url or 'the recipe’s host and port'}, which must be running"
 
 
@@ -239,12 +246,13 @@ def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: st
     """Refuse what would have no effect where the launcher starts no server."""
     is_colocate = layout.use_vllm and layout.vllm_mode == "colocate"
     names = ["vllm_server_args"] if is_colocate else SERVER_FIELDS  # the others are settings of vLLM in the ranks too
-    if layout.use_vllm and layout.server_url and (options.serves or options.num_nodes > 1):
-        names = []  # all machines have one command, that of the server too
+    # All machines have one command, that of the server too.
+    is_for_server = layout.use_vllm and layout.server_url and (options.serves or options.num_nodes > 1)
+    names = [] if is_for_server else names
     names = [name for name in (*names, "max_server_restarts") if name in choice.given]
     if options.colocate and not layout.use_vllm:
         names.append("--colocate")
-    if (options.vllm_gpus or 1) > 1:
+    if (options.vllm_gpus or 1) > 1 and not is_for_server:
         names.append("--vllm_gpus")
     if options.sync and (is_colocate or not layout.use_vllm):
         names.append("--sync")
@@ -254,11 +262,11 @@ def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: st
 
 def _choose_server_gpus(choice: _Choice, layout: Layout, hardware: Hardware, options: Options) -> None:
     wanted = choice.values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in choice.given else None
-    if wanted and options.vllm_gpus and wanted != options.vllm_gpus:
-        choice.refuse(
-            "--vllm_gpus", f"{options.vllm_gpus}, and vllm_tensor_parallel_size is {wanted}", "give one of them"
-        )
     size = options.vllm_gpus or wanted or 1
+    layout.tensor_parallel = wanted or size
+    if size % layout.tensor_parallel:
+        problem = f"{size}, and vllm_tensor_parallel_size is {wanted}"
+        choice.refuse("--vllm_gpus", problem, f"give a multiple of {wanted}: each replica has so many")
     if not hardware.gpus:
         if size > 1:
             choice.refuse("--vllm_gpus", f"{size}, and there is no GPU", "leave it out")

@@ -155,8 +155,8 @@ def _device(values: dict, layout: Layout, hardware: Hardware, load: Load) -> tup
 def _check_server(values: dict, layout: Layout, parameters: int) -> list[UserError]:
     problems = []
     weights = 2 * parameters / GIB
-    count = len(layout.server_gpus)
-    if count and weights / count > 0.8 * min(gpu.memory for gpu in layout.server_gpus):
+    count = layout.tensor_parallel
+    if layout.server_gpus and weights / count > 0.8 * min(gpu.memory for gpu in layout.server_gpus):
         problem = f"{count}: {weights:.0f} GiB of weights do not fit the server's GPUs"
         problems.append(UserError("--vllm_gpus", problem, "give a larger number"))
     if layout.use_vllm and layout.vllm_mode == "server" and values["weight_sync"] == "disk":

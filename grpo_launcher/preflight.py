@@ -150,8 +150,8 @@ class _Check:
             self.collect(seq2seq.check_seq2seq(report.values, self.model_config, self.tokenizer))
         report.values |= filled
         self._gpus()
-        count, heads = len(report.layout.server_gpus), report.model and report.model.heads
-        if count and heads and heads % count:
+        count, heads = report.layout.tensor_parallel, report.model and report.model.heads
+        if report.layout.server_gpus and heads and heads % count:
             valid = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
             self.refuse("--vllm_gpus", f"{count}: the model has {heads} attention heads", f"use one of {valid}")
 

@@ -20,6 +20,12 @@ from grpo_launcher.launch.supervise import supervise
 ROOT = Path(__file__).resolve().parent.parent
 TEST_DATA = Path(os.environ.get("TEST_DATA", ROOT / "../shared/data")).resolve()
 MARK = "GRPO_TEST_MARK"
+REACHES = """
+import errno, socket
+client = socket.socket()
+client.settimeout(10)
+raise SystemExit(client.connect_ex(("10.77.0.3", 9)) != errno.ECONNREFUSED)
+"""
 
 
 def test_data(relative: str) -> Path:
@@ -179,6 +185,57 @@ class Launch:
         """Kill whatever is left."""
         for process in self.processes():
             process.kill()
+
+
+def ip(command: str) -> None:
+    """Run a command of iproute2."""
+    subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def three_machines():
+    """Make three network namespaces with the addresses 10.77.0.1 to 3, and yield their names.
+
+    Raises:
+        subprocess.CalledProcessError: none can be made here, or they do not reach each other.
+    """
+    mark, names = uuid.uuid4().hex[:6], []  # a namespace goes some time after it was deleted
+    bridge = f"gb{mark}"
+    try:
+        ip(f"link add name {bridge} type bridge")
+        ip(f"link set {bridge} up")
+        for number in (1, 2, 3):
+            name, cable = f"grpo-{mark}-{number}", f"gv{mark}-{number}"
+            ip(f"netns add {name}")
+            names.append(name)
+            ip(f"link add {cable} type veth peer name eth0 netns {name}")
+            ip(f"link set {cable} master {bridge} up")
+            ip(f"-n {name} addr add 10.77.0.{number}/24 dev eth0")
+            ip(f"-n {name} link set eth0 up")
+            ip(f"-n {name} link set lo up")
+        reach = ["ip", "netns", "exec", names[0], sys.executable, "-c", REACHES]
+        subprocess.run(reach, check=True, capture_output=True)
+        yield names
+    finally:
+        for name in names:
+            ip(f"netns del {name}")
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
+
+
+def on_machine(name: str, *flags: str) -> list[str]:
+    """Return the command by which a machine takes part in a quickstart on two nodes with a server beside."""
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        name,
+        "bash",
+        str(ROOT / "launch_train.sh"),
+        str(ROOT / "configs/quickstart.yaml"),
+    ]
+    command += ["--no-install", "--max_completion_length", "64", "--per_device_train_batch_size", "8"]
+    command += ["--sample_every", "0", "--num_nodes", "2", "--main_address", "10.77.0.1"]
+    return [*command, "--vllm_server_base_url", "http://10.77.0.3:8000", *flags]
 
 
 def run_again(run: Launch, script: str, limit_s: int, **changes) -> tuple[int, Path]:

@@ -25,7 +25,6 @@ def run_command(command: Callable, args) -> int:
     """Run a command and return its exit status: that of the command, or 2 where it is refused."""
     hub.use_cache_if_unreachable()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or torch's threads would hold up a run beside this
     import datasets
     import transformers
 

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except Stopped as signal:
-        print("\nStopped. No process is left. To go on from the last checkpoint: add --resume.", file=sys.stderr)
+        hint = "" if options.serve else " To go on from the last checkpoint: add --resume."
+        print(f"\nStopped. No process is left.{hint}", file=sys.stderr)
         return 128 + signal.args[0]
 
 
@@ -84,15 +85,20 @@ def launch(options, flags: list[str]) -> int:
     if options.dry_run:
         _print_commands(report, hardware, node)
         return 0
-    return _serve(report, hardware) if options.serve else _run(report, resumed, layout_options, hardware, node)
+    return (
+        _serve(report, hardware, options.vllm_gpus)
+        if options.serve
+        else _run(report, resumed, layout_options, hardware, node)
+    )
 
 
-def _serve(report: Report, hardware: Hardware) -> int:
-    """Run the vLLM server on all GPUs of this machine, until it ends or a signal comes."""
+def _serve(report: Report, hardware: Hardware, vllm_gpus: int | None) -> int:
+    """Run the vLLM server on so many or all GPUs of this machine, until it ends or a signal comes."""
     url = urlsplit(report.values["vllm_server_base_url"])
     values = report.values | {"vllm_server_host": url.hostname, "vllm_server_port": url.port or 80}
-    size = values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in report.given else None
-    layout = replace(report.layout, server_gpus=hardware.gpus[:size])
+    wanted = values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in report.given else None
+    gpus = hardware.gpus[: vllm_gpus or wanted]
+    layout = replace(report.layout, server_gpus=gpus, tensor_parallel=wanted or len(gpus))
     command = commands.server_command(values, report.given, layout, hardware)
     print(f"The vLLM server at {url.geturl()} serves until it is stopped (Ctrl-C, TERM).", flush=True)
     return start(command.argv, command.env).wait()

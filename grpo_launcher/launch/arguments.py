@@ -45,7 +45,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--colocate", action="store_true", help="train and generate on every GPU, without a dedicated server"
     )
-    parser.add_argument("--vllm_gpus", type=int, metavar="N", help="GPUs of the server, tensor parallel (default: 1)")
+    parser.add_argument(
+        "--vllm_gpus",
+        type=int,
+        metavar="N",
+        help="GPUs of the server (default: 1): one copy of the model, or several by vllm_tensor_parallel_size",
+    )
     parser.add_argument(
         "--sync",
         choices=["nccl", "disk", "adapter"],

@@ -132,7 +132,9 @@ def server_command(values: dict, given: list[str], layout: Layout, hardware: Har
         argv += ["--trust-remote-code"]
     env = _common_env() | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOST_IP": HOST}
     if layout.server_gpus:
-        argv += ["--tensor-parallel-size", str(len(layout.server_gpus))]
+        argv += ["--tensor-parallel-size", str(layout.tensor_parallel)]
+        if layout.replicas > 1:
+            argv += ["--data-parallel-size", str(layout.replicas)]
         env |= _gpu_env(layout.server_gpus)
     else:
         argv += ["--enforce-eager"]
@@ -142,7 +144,7 @@ def server_command(values: dict, given: list[str], layout: Layout, hardware: Har
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine works itself: one process less to start and to hold
             "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in cores),
+            "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores))),
         }
     if values["weight_sync"] == "disk":
         argv += ["--worker-extension-cls", "grpo_launcher.weight_sync_worker.DiskSyncWorker"]
@@ -170,8 +172,6 @@ def _gpu_env(gpus: list) -> dict[str, str]:
 def _common_env() -> dict[str, str]:
     return {
         "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),  # the trainer writes to a pipe and cannot ask
-        # torch's threads would spin while they wait: beside a busy process a step would take 20 times as long.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),  # else at the address of the host's name
         "PYTHONSAFEPATH": "1",  # files of the working directory are not modules of the server or the ranks
         "PYTHONUNBUFFERED": "1",

@@ -280,7 +280,8 @@ class Screen:
         self.was_asked = self.has_told = False  # to end, and the user that it was
         self.is_terminal = sys.stdout.isatty()
         self.lock = threading.Lock()
-        self.last = time.monotonic()
+        self.last = self.since = time.monotonic()
+        self.progress = ("", 0.0)
         self.has_status = False
 
     def write(self, text: str, status: str = "") -> None:
@@ -317,10 +318,13 @@ class Screen:
             self.has_told = True
             self.show("TERM: this step ends with a checkpoint, and the run with it. A second TERM ends it at once.\n")
         silence = time.monotonic() - self.last
-        work, since = read_progress(self.folder)
+        progress = read_progress(self.folder)
+        if progress != self.progress:
+            self.progress, self.since = progress, time.monotonic()
+        work = progress[0]
         if silence < (SILENCE if self.is_terminal else 6 * SILENCE) or not work:
             return
-        seconds = time.time() - since
+        seconds = time.monotonic() - self.since
         if "generating" in work and self.server_url and (left := vllm_load(self.server_url)[0]):
             work += f", {left} of them left"
         text = f"  {work} ({seconds:.0f} s)"

@@ -1,20 +1,13 @@
 """Two machines train and a third one generates. Network namespaces stand for them, and share the disk."""
 
-import os
+import contextlib
 import shutil
 import subprocess
-import sys
 
 import pytest
-from helpers import ROOT, is_in_sync, read_metrics
+from helpers import is_in_sync, on_machine, read_metrics, three_machines
 
 STEPS = 5
-REACHES = "import errno, socket; s = socket.socket(); s.settimeout(10)\n"
-REACHES += "raise SystemExit(s.connect_ex(('10.77.0.3', 9)) != errno.ECONNREFUSED)"
-
-
-def ip(command: str) -> None:
-    subprocess.run(["ip", *command.split()], check=True, capture_output=True)
 
 
 def open_doors(machine: str) -> set[int]:
@@ -27,44 +20,23 @@ def open_doors(machine: str) -> set[int]:
 
 @pytest.fixture
 def machines():
-    """The names of three network namespaces with the addresses 10.77.0.1 to 3. Skips where none can be made."""
+    """The names of three network namespaces. Skips where none can be made, or a firewall is between them."""
     if not (shutil.which("ip") and shutil.which("ss")):
         pytest.skip("there is no ip or no ss (Debian's iproute2)")
-    mark, names = os.getpid() % 10_000, []
-    bridge = f"gb{mark}"
-    try:
-        ip(f"link add name {bridge} type bridge")
-        ip(f"link set {bridge} up")
-        for number in (1, 2, 3):
-            name, cable = f"grpo-{mark}-{number}", f"gv{mark}-{number}"
-            ip(f"netns add {name}")
-            names.append(name)
-            ip(f"link add {cable} type veth peer name eth0 netns {name}")
-            ip(f"link set {cable} master {bridge} up")
-            ip(f"-n {name} addr add 10.77.0.{number}/24 dev eth0")
-            ip(f"-n {name} link set eth0 up")
-            ip(f"-n {name} link set lo up")
-        if subprocess.run(["ip", "netns", "exec", names[0], sys.executable, "-c", REACHES]).returncode:
-            pytest.skip("a firewall is between the namespaces")
+    with contextlib.ExitStack() as stack:
+        try:
+            names = stack.enter_context(three_machines())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces that reach each other: {error.stderr.decode().strip()}")
         yield names
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no network namespace can be made here: {error.stderr.decode().strip()}")
-    finally:
-        for name in names:
-            ip(f"netns del {name}")
-        subprocess.run(["ip", "link", "del", bridge], capture_output=True)
 
 
 def test_two_nodes_train_beside_a_third(machines, workplace, launch):
     """By the commands of a cluster. What listens on their addresses is what the plan says must be open."""
-    flags = [str(ROOT / "configs/quickstart.yaml"), "--no-install", "--max_completion_length", "64"]
-    flags += ["--per_device_train_batch_size", "8", "--sample_every", "0", "--max_steps", str(STEPS)]
-    flags += ["--num_nodes", "2", "--main_address", "10.77.0.1", "--vllm_server_base_url", "http://10.77.0.3:8000"]
-    flags += ["--output_dir", "several"]
 
-    def begin(machine: str, *more: str):
-        command = ["ip", "netns", "exec", machine, "bash", str(ROOT / "launch_train.sh"), *flags, *more]
-        return launch(workplace, command=command)
+    def begin(machine: str, *flags: str):
+        always = ["--max_steps", str(STEPS), "--output_dir", "several"]
+        return launch(workplace, command=on_machine(machine, *always, *flags))
 
     server = begin(machines[2], "--serve")
     other, main = (begin(machines[rank], "--node_rank", str(rank)) for rank in (1, 0))

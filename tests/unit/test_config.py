@@ -52,6 +52,7 @@ REFUSED = {  # text of the recipe, field, and a part of the fix or of the proble
     "unknown loss": ("loss_type: dr_grp", "loss_type", "did you mean dr_grpo?"),
     "not a mapping": ("- beta", "mine.yaml", "not a mapping"),
     "not YAML": ("beta: [", "mine.yaml", "not valid YAML"),
+    "no flag of the server": ("vllm_server_args: ['[--seed=1]']", "vllm_server_args", "YAML list"),
     "no Hub id": ("push_to_hub: true", "push_to_hub", "hub_model_id"),
 }
 

@@ -306,11 +306,12 @@ def server(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").touch()
 
-    def make(gpus: int, flags: str = ""):
+    def make(gpus: int, flags: str = "", vllm_gpus: int | None = None):
         argv = f"--model_name_or_path m --dataset_name d --reward_funcs mine.py:f --vllm_server_port 8001 {flags}"
         config = load_config(["--vllm_server_host", "127.0.0.1", *shlex.split(argv)])
         machine = Hardware([Gpu(str(index), 24) for index in range(gpus)], [0, 1, 2, 3], 32)
-        layout, filled, problems = choose_layout(config.values, config.given, machine, Options(), is_seq2seq=False)
+        options = Options(vllm_gpus=vllm_gpus)
+        layout, filled, problems = choose_layout(config.values, config.given, machine, options, is_seq2seq=False)
         assert problems == []
         command = commands.server_command(config.values | filled, config.given, layout, machine)
         return command, layout, machine
@@ -331,8 +332,16 @@ def test_settings_of_trl_become_flags_of_the_server(server):
     assert set(zip(words[::2], words[1::2], strict=True)) <= set(itertools.pairwise(argv))
     assert "--trust-remote-code" in argv and argv[-1] == "--seed=3"
     argv = server(4)[0].argv
-    assert argv[argv.index("--tensor-parallel-size") + 1] == "1"
+    assert argv[argv.index("--tensor-parallel-size") + 1] == "1" and "--data-parallel-size" not in argv
     assert not {"--gpu-memory-utilization", "--model-impl", "--max-model-len", "--revision"} & set(argv)
+
+
+def test_more_gpus_than_one_copy_needs_hold_replicas(server):
+    command, layout, _ = server(6, "--vllm_tensor_parallel_size 2", vllm_gpus=4)
+    assert {("--tensor-parallel-size", "2"), ("--data-parallel-size", "2")} <= set(itertools.pairwise(command.argv))
+    assert layout.ranks == 2 and command.env["CUDA_VISIBLE_DEVICES"] == "2,3,4,5" and "2 replicas" in layout.describe()
+    argv = server(6, vllm_gpus=4)[0].argv
+    assert argv[argv.index("--tensor-parallel-size") + 1] == "4" and "--data-parallel-size" not in argv
 
 
 @pytest.mark.parametrize(

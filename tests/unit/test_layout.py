@@ -92,7 +92,7 @@ def test_a_server_on_two_gpus(gpus, options, given):
 @pytest.mark.parametrize(
     ("gpus", "options", "given", "field"),
     {
-        "two sizes": (4, Options(vllm_gpus=2), {"vllm_tensor_parallel_size": 1}, "--vllm_gpus"),
+        "no whole replicas": (4, Options(vllm_gpus=3), {"vllm_tensor_parallel_size": 2}, "--vllm_gpus"),
         "server GPUs and colocate": (4, Options(colocate=True, vllm_gpus=2), {}, "--vllm_gpus"),
         "server and --colocate": (4, Options(colocate=True), {"vllm_mode": "server"}, "--colocate"),
         "server on one GPU": (1, None, {"vllm_mode": "server"}, "vllm_mode"),
