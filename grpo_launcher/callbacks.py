@@ -185,7 +185,7 @@ def print_sample(prompts, completions, rewards: dict[str, list], advantages: lis
     group.sort(key=lambda index: advantages[index])
     parts = [f"[dim]{escape(shorten(last_user_text(prompts[-1])))}[/dim]"]
     for label, index in (("worst", group[0]), ("best", group[-1])):
-        scores = ", ".join(f"{name} {values[index]:.2f}" for name, values in rewards.items())
+        scores = ", ".join(f"{name} {values[index]:z.2f}" for name, values in rewards.items())
         length = len(last_reply(completions[index]))
         text = escape(shorten(transcript(completions[index]), 800))
         parts.append(f"[bold]{label} of {len(group)}[/bold] ({length} characters; {scores})\n{text}")

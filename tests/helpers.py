@@ -99,7 +99,7 @@ def run_python(*arguments, cwd: Path, timeout: float = 600, status: int = 0, **e
 
 def memory_held_and_planned(console: str) -> tuple[float, float]:
     """Return the GiB that a rank of a run held at most, and the plan's estimate."""
-    held = re.search(r"A rank held up to (\d+\.\d) GiB\. The plan said memory: .* = (\d+(?:\.\d+)?) of", console)
+    held = re.search(r"A rank held up to (\d+\.\d) GiB\. The plan said (\d+(?:\.\d+)?) of", console)
     return float(held[1]), float(held[2])
 
 

@@ -25,6 +25,8 @@ def run_command(command: Callable, args) -> int:
     """Run a command and return its exit status: that of the command, or 2 where it is refused."""
     hub.use_cache_if_unreachable()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.stderr.isatty():
+        print("Loading …", file=sys.stderr)
     import datasets
     import transformers
 

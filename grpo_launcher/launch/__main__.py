@@ -41,8 +41,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except Stopped as signal:
-        hint = "" if options.serve else " To go on from the last checkpoint: add --resume."
-        print(f"\nStopped. No process is left.{hint}", file=sys.stderr)
+        print("\nStopped. No process is left.", *getattr(signal, "__notes__", []), file=sys.stderr)
         return 128 + signal.args[0]
 
 
@@ -72,35 +71,34 @@ def launch(options, flags: list[str]) -> int:
     if not options.config and not resumed:
         print(f"No recipe given: {Path(config).name}, the default of this machine.")
     report.recipe_text = Path(recipe if resumed else config).read_text(encoding="utf-8", errors="replace")
-    if resumed:
-        is_same_recipe = Path(recipe).stem == resumed.recipe
-        report.name, report.recipe_text = resumed.recipe, report.recipe_text if is_same_recipe else resumed.recipe_text
-        if report.values and not options.force:
-            _check_unchanged(report, resumed)
+    _go_on(report, resumed, is_same_recipe=resumed and Path(recipe).stem == resumed.recipe, is_forced=options.force)
     _check_output(report, resumed, options)
-    _print_plan(report, node)
+    if not options.serve:
+        _print_plan(report, node)
     if errors := [*report.problems, *([] if options.dry_run else report.missing)]:
         print("\n".join(f"error: {line}" for line in errors), file=sys.stderr)
         return EXIT_REFUSED
+    if options.serve:
+        return _serve(report, hardware, options)
     if options.dry_run:
         _print_commands(report, hardware, node)
         return 0
-    return (
-        _serve(report, hardware, options.vllm_gpus)
-        if options.serve
-        else _run(report, resumed, layout_options, hardware, node)
-    )
+    return _run(report, resumed, layout_options, hardware, node)
 
 
-def _serve(report: Report, hardware: Hardware, vllm_gpus: int | None) -> int:
-    """Run the vLLM server on so many or all GPUs of this machine, until it ends or a signal comes."""
+def _serve(report: Report, hardware: Hardware, options) -> int:
+    """Run the vLLM server on --vllm_gpus or all GPUs of this machine, until it ends or a signal comes."""
     url = urlsplit(report.values["vllm_server_base_url"])
     values = report.values | {"vllm_server_host": url.hostname, "vllm_server_port": url.port or 80}
     wanted = values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in report.given else None
-    gpus = hardware.gpus[: vllm_gpus or wanted]
+    gpus = hardware.gpus[: options.vllm_gpus or wanted]
     layout = replace(report.layout, server_gpus=gpus, tensor_parallel=wanted or len(gpus))
     command = commands.server_command(values, report.given, layout, hardware)
-    print(f"The vLLM server at {url.geturl()} serves until it is stopped (Ctrl-C, TERM).", flush=True)
+    print(f"The vLLM server at {url.geturl()}, on {', '.join(f'GPU {gpu.id}' for gpu in gpus) or 'the CPU'}")
+    if options.dry_run:
+        _print_command("vLLM server", command)
+        return 0
+    print("It serves until it is stopped (Ctrl-C, TERM).", flush=True)
     return start(command.argv, command.env).wait()
 
 
@@ -114,7 +112,12 @@ def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: H
         commands.choose_ports(report)
         resumed = _write_run(report, resumed, options, hardware, node)
         url = commands.server_url(report.values) if report.layout.starts_server else None
-        status = supervise(resumed, url, report.values["vllm_server_timeout"])
+        try:
+            status = supervise(resumed, url, report.values["vllm_server_timeout"])
+        except Stopped as signal:
+            if runs.last_checkpoint(Path(report.values["output_dir"]), report.layout.ranks):
+                signal.add_note("To go on from the last checkpoint: add --resume.")
+            raise
         if status != EXIT_LOST or (resumed.folder / runs.END_REQUEST).exists():  # TERM had asked for the end
             break
         kill_descendants()  # ranks that did not hear of the end
@@ -171,15 +174,20 @@ def _diagnose(argv: list[str], hardware: Hardware, options: Options, node: comma
 
 def _check(argv: list[str], hardware: Hardware, options: Options, may_prepare: bool) -> Report:
     """Run the preflight, and make what it misses: a merged model, and what the recipe's `prepare` makes."""
+    if sys.stderr.isatty():
+        print("Checking recipe, model and data …", file=sys.stderr)
     report = run_preflight(argv, hardware, options, start)
-    if not may_prepare or report.problems:
+    if not may_prepare:
+        return report
+    prepare = report.values.get("prepare")
+    from_flags = [line for line in report.missing if line.split(":")[0] in named_fields(argv)]
+    if report.problems:
+        report.missing = from_flags if prepare else report.missing  # `prepare` would make the others
         return report
     if report.adapter:
         print(f"Merging the adapter {report.adapter} into its base.", flush=True)
         _run_python("grpo_launcher.merge", report.adapter)
         report = run_preflight(argv, hardware, options, start)
-    prepare = report.values.get("prepare")
-    from_flags = [line for line in report.missing if line.split(":")[0] in named_fields(argv)]
     if report.missing and prepare and not from_flags and not report.problems:
         print(f"Preparing what {report.name} needs: {prepare}", flush=True)
         _run_python(*shlex.split(prepare))
@@ -236,6 +244,15 @@ FREE += ["max_restarts", "max_server_restarts", "ddp_timeout"]
 FREE += ["dataset_test_split", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"]
 FREE += ["vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"]
 FREE_PREFIXES = ("eval_", "hub_", "log_", "logging_", "num_completions_", "push_", "report_", "save_")
+
+
+def _go_on(report: Report, resumed: runs.Run | None, *, is_same_recipe: bool, is_forced: bool) -> None:
+    """Let the report be of the run that is resumed, if any is."""
+    if not resumed:
+        return
+    report.name, report.recipe_text = resumed.recipe, report.recipe_text if is_same_recipe else resumed.recipe_text
+    if report.values and not is_forced:
+        _check_unchanged(report, resumed)
 
 
 def _check_unchanged(report: Report, resumed: runs.Run) -> None:
@@ -359,12 +376,16 @@ def _print_commands(report: Report, hardware: Hardware, node: commands.Node) -> 
         server = commands.server_command(report.values, report.given, report.layout, hardware)
         shown = {"vLLM server": server} | shown
     for title, command in shown.items():
-        environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in command.env.items())
-        print(f"{title}:\n  {environment}\n  {shlex.join(command.argv)}")
+        _print_command(title, command)
     accelerate = yaml.safe_dump(commands.accelerate_config(report.values, report.layout, node)).strip()
     print(f"{runs.ACCELERATE_FILE}:\n  " + accelerate.replace("\n", "\n  "))
     for line in report.missing:
         print(f"Before it can run: {line}")
+
+
+def _print_command(title: str, command: commands.Command) -> None:
+    environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in command.env.items())
+    print(f"{title}:\n  {environment}\n  {shlex.join(command.argv)}")
 
 
 if __name__ == "__main__":

@@ -68,15 +68,18 @@ install() {
     if ! "$here/.venv/bin/python" -c 'import pip, sys; assert sys.version_info[:2] == (3, 11)' 2>/dev/null; then
         "$python" -m venv --clear "$here/.venv" || fail "$python -m venv failed; on Debian or Ubuntu: apt-get install python3.11-venv"
     fi
+    local terminal=
+    [ -t 1 ] && terminal=1
     local pip=("$here/.venv/bin/python" -m pip install --no-deps --disable-pip-version-check)
     [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || pip+=(--no-compile) # Python compiles what it imports, and keeps it unless told not to
     if [[ $lock == */cpu.lock ]]; then
+        echo "  torch"
         # The ordinary Linux wheel of torch is a CUDA build. Where this index cannot be reached pip warns and goes on.
         interruptible "${pip[@]}" --quiet --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' "$lock")" ||
             fail "torch could not be installed; the messages above say why. A second start goes on from here."
     fi
     interruptible "${pip[@]}" --progress-bar off --requirement "$lock" 2>"$here/.venv/pip.log" > >(
-        awk -v all="$(wc -l <"$lock")" -v terminal="$([ -t 1 ] && echo 1)" '
+        awk -v all="$(wc -l <"$lock")" -v terminal=$terminal '
             /^(Collecting|Requirement)/ {if (terminal) printf "\r  %d of %d", ++n, all; fflush()}
             /^Installing/ {printf "%s  unpacking\n", terminal ? "\n" : ""; fflush()}'
     ) ||

@@ -160,8 +160,8 @@ class Server:
                     self.screen.show(f"The vLLM server is up after {self.last_healthy - self.started:.0f} s.\n")
         if not self.is_up and now - self.last_message > 15:
             self.last_message = now
-            last_line = _last_line(self.witness.folder / "server.log")
-            self.screen.show(f"Waiting for the vLLM server ({now - self.started:.0f} s): {last_line}\n")
+            last_line = _last_line(self.witness.log("server.log"))
+            self.screen.show(f"Waiting for the vLLM server ({now - self.started:.0f} s){last_line}\n")
         if now - self.last_healthy > (UNHEALTHY_LIMIT if self.is_up else self.timeout):
             return self._describe(f"gave no healthy answer for {now - self.last_healthy:.0f} s")
         if self.is_up:
@@ -366,8 +366,10 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
-def _last_line(log: Path) -> str:
-    return " ".join(log.read_text(errors="replace").strip().rpartition("\n")[2].split())[:120] or "no output yet"
+def _last_line(log: str) -> str:
+    """Return ": " and the last thing that a server tells in its log; empty where it has told nothing."""
+    told = re.findall(r"(?m) INFO [\d: -]+\[\S+\] (.*)", log)
+    return f": {told[-1][:120]}" if told else ""
 
 
 def first_traceback(log: str) -> str:

@@ -24,6 +24,7 @@ from grpo_launcher.launch.arguments import parse
 from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
 from grpo_launcher.preflight import preflight
 from grpo_launcher.runs import load_run
+from grpo_launcher.standalone import check_recipe
 
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
@@ -146,6 +147,23 @@ def test_a_public_address_is_warned_of(launch, monkeypatch, capsys):
     flags = NODES.replace("127.0.0.1 ", "8.8.8.8 ")
     assert launch(f"{SMALL} {flags} --output_dir run --dry-run") == 0
     assert "8.8.8.8 is a public address" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_server_of_a_machine_that_only_serves(launch, capsys):
+    assert launch(f"{SMALL} --serve --dry-run --vllm_server_base_url http://127.0.0.1:8123") == 0
+    out = capsys.readouterr().out
+    assert "--port 8123" in out and "train.py" not in out and launch.supervised == []
+
+
+def test_what_prepare_would_make_is_not_asked_for_beside_another_error(launch, capsys):
+    assert launch("--dataset_name seven.jsonl") == EXIT_REFUSED
+    assert "dataset_name: " in (error := capsys.readouterr().err) and "model_name_or_path" not in error
+
+
+def test_train_py_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as ended:
+        check_recipe(["--help"])
+    assert ended.value.code == 0 and "--reward_kwargs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argument", ["--help", "configs/quikstart.yaml"])

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import ROOT, Launch
+from helpers import ROOT, Launch, write_checkpoint
 
 from grpo_launcher.errors import EXIT_LOST, EXIT_RESUME
 from grpo_launcher.launch import commands, processes, stuck
 from grpo_launcher.launch import supervise as supervise_module
-from grpo_launcher.launch.supervise import first_traceback, supervise
+from grpo_launcher.launch.supervise import _last_line, first_traceback, supervise
 from grpo_launcher.runs import Run
 
 HEALTHY = """
@@ -205,7 +205,8 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     monkeypatch.setattr(supervise_module, "_is_healthy", lambda url: healthy(seconds[0]))
     (tmp_path / "server.log").touch()
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
-    witness = SimpleNamespace(folder=tmp_path, with_traceback=lambda message, log: message, out_of_memory=lambda: "")
+    texts = {"with_traceback": lambda message, log: message, "out_of_memory": lambda: "", "log": lambda name: ""}
+    witness = SimpleNamespace(folder=tmp_path, **texts)
     screen = SimpleNamespace(tell=lambda: None, show=lambda text: None, fail=lambda text: None)
     process = SimpleNamespace(poll=lambda: None, pid=0)
     server = supervise_module.Server(lambda: process, "http://127.0.0.1:9", 900, 0, witness, screen)
@@ -520,6 +521,13 @@ def test_the_first_traceback_of_a_log_keeps_its_last_line(text, first, last):
     assert any("E: x" in line for line in lines) == any("E: x" in line for line in text)
 
 
+def test_the_wait_for_the_server_shows_what_it_tells():
+    """Not its warnings, nor the source line under one."""
+    told = "(APIServer pid=7) INFO 11-27 02:49:37 [core.py:1] Loading weights"
+    assert _last_line(f"{told}\nwarnings.warn(\nTriton is not there") == ": Loading weights"
+    assert _last_line("Triton is not there") == ""
+
+
 STUB = f'''#!{sys.executable} -IS
 """Stands for every Python that the launcher starts. It stays at the stage that STUB_STAGE names."""
 import os, pathlib, signal, subprocess, sys, time
@@ -618,11 +626,15 @@ def again_and_again(launched: Launch, number: int) -> int:
 def test_a_signal_leaves_nothing(stage, number, start):
     """At any stage, even where the server does not hear TERM. A second signal changes nothing."""
     launched = start(stage)
+    if stage == "training":
+        names = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"]
+        write_checkpoint(launched.run_folder() / "checkpoint-1", *names)
     os.kill(launched.process.pid, number)
     if stage == "training" and number == signal.SIGTERM:
         launched.wait_for("TERM: this step ends", timeout=30)
     assert again_and_again(launched, number) == 128 + number, launched.tail()
-    assert launched.leftovers() == [] and "--resume" in launched.text()
+    assert launched.leftovers() == [] and "Stopped. No process is left." in launched.text()
+    assert ("--resume" in launched.text()) == (stage == "training"), "where there is a checkpoint"
     assert "step 1" in launched.text() or stage != "training"
 
 
