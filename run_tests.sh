@@ -14,5 +14,4 @@ cd "$here"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 for word in "$@"; do shift; [ "$word" = --no-install ] || set -- "$@" "$word"; done
-export OMP_WAIT_POLICY=PASSIVE # torch's spinning threads make a run beside another process 20 times slower
 exec "$PYTHON" -m pytest "$@"

@@ -98,8 +98,8 @@ def save(trainer, run: Run, is_whole: bool) -> None:
     if trainer.is_world_process_zero():
         plot_run(run.folder)
         print_summary(run.folder)
-        planned = run.memory_plan.rpartition(" = ")[2].partition(";")[0].strip()
-        print(f"A rank held up to {peak:.1f} GiB." + (f" The plan said {planned}." if planned else ""))
+        plan = f" The plan said {run.planned_memory}." if run.planned_memory else ""
+        print(f"A rank held up to {peak:.1f} GiB.{plan}")
         if is_whole:
             print(f"Saved {run.folder / FINAL}", flush=True)
     trainer.accelerator.wait_for_everyone()

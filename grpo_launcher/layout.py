@@ -80,6 +80,15 @@ class Layout:
         """How many copies of the model the server has."""
         return max(1, len(self.server_gpus) // self.tensor_parallel)
 
+    @property
+    def size_field(self) -> str:
+        """What sets the number of GPUs of each copy."""
+        return "--vllm_gpus" if self.replicas == 1 else "vllm_tensor_parallel_size"
+
+    def describe_server(self) -> str:
+        """Return where the server runs."""
+        return _names(self.server_gpus) + (f" ({self.replicas} replicas)" if self.replicas > 1 else "")
+
     def _generation(self) -> str:
         if self.method == "sft":
             return "no generation (SFT)"
@@ -90,8 +99,7 @@ class Layout:
         if self.vllm_mode == "colocate":
             return "vLLM inside each rank (colocate)"
         if self.starts_server:
-            replicas = f" ({self.replicas} replicas)" if self.replicas > 1 else ""
-            return f"vLLM server on {_names(self.server_gpus)}{replicas}"
+            return f"vLLM server on {self.describe_server()}"
         return f"vLLM server at {self.server_url or 'the recipe’s host and port'}, which must be running"
 
 
@@ -219,6 +227,8 @@ def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: O
     elif layout.server_url:
         layout.vllm_mode = "server"
         choice.need("vllm_mode", "server", "vllm_server_base_url")
+        if options.serves:
+            _choose_server_gpus(choice, layout, hardware, options)
     elif wants_colocate and not count:
         choice.refuse(
             "--colocate" if options.colocate else "vllm_mode",
@@ -262,7 +272,7 @@ def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: st
 
 def _choose_server_gpus(choice: _Choice, layout: Layout, hardware: Hardware, options: Options) -> None:
     wanted = choice.values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in choice.given else None
-    size = options.vllm_gpus or wanted or 1
+    size = options.vllm_gpus or wanted or (len(hardware.gpus) if options.serves else 0) or 1
     layout.tensor_parallel = wanted or size
     if size % layout.tensor_parallel:
         problem = f"{size}, and vllm_tensor_parallel_size is {wanted}"
@@ -271,10 +281,12 @@ def _choose_server_gpus(choice: _Choice, layout: Layout, hardware: Hardware, opt
         if size > 1:
             choice.refuse("--vllm_gpus", f"{size}, and there is no GPU", "leave it out")
         return
-    if size >= len(hardware.gpus):
-        choice.refuse(
-            "--vllm_gpus", f"{size} of {len(hardware.gpus)} GPUs: at least one must train", "give a smaller number"
-        )
+    if size > len(hardware.gpus) - (not options.serves):
+        problem = f"{size} of {len(hardware.gpus)} GPUs" + ("" if options.serves else ": at least one must train")
+        choice.refuse("--vllm_gpus", problem, "give a smaller number")
+        return
+    if options.serves:
+        layout.server_gpus = hardware.gpus[:size]
         return
     layout.train_gpus, layout.server_gpus = hardware.gpus[:-size], hardware.gpus[-size:]
 

@@ -158,7 +158,7 @@ def _check_server(values: dict, layout: Layout, parameters: int) -> list[UserErr
     count = layout.tensor_parallel
     if layout.server_gpus and weights / count > 0.8 * min(gpu.memory for gpu in layout.server_gpus):
         problem = f"{count}: {weights:.0f} GiB of weights do not fit the server's GPUs"
-        problems.append(UserError("--vllm_gpus", problem, "give a larger number"))
+        problems.append(UserError(layout.size_field, problem, "give a larger number"))
     if layout.use_vllm and layout.vllm_mode == "server" and values["weight_sync"] == "disk":
         folder = os.environ.get("GRPO_SHARED_MEMORY", "/dev/shm")
         if not os.path.isdir(folder):

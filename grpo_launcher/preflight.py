@@ -153,7 +153,8 @@ class _Check:
         count, heads = report.layout.tensor_parallel, report.model and report.model.heads
         if report.layout.server_gpus and heads and heads % count:
             valid = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-            self.refuse("--vllm_gpus", f"{count}: the model has {heads} attention heads", f"use one of {valid}")
+            problem = f"{count}: the model has {heads} attention heads"
+            self.refuse(report.layout.size_field, problem, f"use one of {valid}")
 
     def _gpus(self) -> None:
         """Ask torch for the GPUs that nvidia-smi lists."""

@@ -59,6 +59,11 @@ class Run:
         """What the plan said of the memory, as a sentence that follows another; empty without the launcher."""
         return "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
 
+    @property
+    def planned_memory(self) -> str:
+        """The sum in that line; empty without the launcher."""
+        return self.memory_plan.rpartition(" = ")[2].partition(";")[0]
+
     def write(self) -> None:
         """Write run.json, and recipe.yaml with the given fields alone, so that it can be started again."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from grpo_launcher.launch.hardware import find_gpus
 
 # All are read once, at the first import of Hugging Face's libraries and of torch.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network the client retries for minutes
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads make a run beside another process 20 times slower
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers of pytest share two cores
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, as would its children
 

@@ -224,15 +224,7 @@ def three_machines():
 
 def on_machine(name: str, *flags: str) -> list[str]:
     """Return the command by which a machine takes part in a quickstart on two nodes with a server beside."""
-    command = [
-        "ip",
-        "netns",
-        "exec",
-        name,
-        "bash",
-        str(ROOT / "launch_train.sh"),
-        str(ROOT / "configs/quickstart.yaml"),
-    ]
+    command = ["ip", "netns", "exec", name, "bash", f"{ROOT}/launch_train.sh", f"{ROOT}/configs/quickstart.yaml"]
     command += ["--no-install", "--max_completion_length", "64", "--per_device_train_batch_size", "8"]
     command += ["--sample_every", "0", "--num_nodes", "2", "--main_address", "10.77.0.1"]
     return [*command, "--vllm_server_base_url", "http://10.77.0.3:8000", *flags]

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -71,7 +71,7 @@ def launch(options, flags: list[str]) -> int:
     if not options.config and not resumed:
         print(f"No recipe given: {Path(config).name}, the default of this machine.")
     report.recipe_text = Path(recipe if resumed else config).read_text(encoding="utf-8", errors="replace")
-    _go_on(report, resumed, is_same_recipe=resumed and Path(recipe).stem == resumed.recipe, is_forced=options.force)
+    _go_on(report, resumed, recipe, options.force)
     _check_output(report, resumed, options)
     if not options.serve:
         _print_plan(report, node)
@@ -79,23 +79,20 @@ def launch(options, flags: list[str]) -> int:
         print("\n".join(f"error: {line}" for line in errors), file=sys.stderr)
         return EXIT_REFUSED
     if options.serve:
-        return _serve(report, hardware, options)
+        return _serve(report, hardware, options.dry_run)
     if options.dry_run:
         _print_commands(report, hardware, node)
         return 0
     return _run(report, resumed, layout_options, hardware, node)
 
 
-def _serve(report: Report, hardware: Hardware, options) -> int:
-    """Run the vLLM server on --vllm_gpus or all GPUs of this machine, until it ends or a signal comes."""
+def _serve(report: Report, hardware: Hardware, is_dry_run: bool) -> int:
+    """Run the vLLM server until it ends or a signal comes."""
     url = urlsplit(report.values["vllm_server_base_url"])
     values = report.values | {"vllm_server_host": url.hostname, "vllm_server_port": url.port or 80}
-    wanted = values["vllm_tensor_parallel_size"] if "vllm_tensor_parallel_size" in report.given else None
-    gpus = hardware.gpus[: options.vllm_gpus or wanted]
-    layout = replace(report.layout, server_gpus=gpus, tensor_parallel=wanted or len(gpus))
-    command = commands.server_command(values, report.given, layout, hardware)
-    print(f"The vLLM server at {url.geturl()}, on {', '.join(f'GPU {gpu.id}' for gpu in gpus) or 'the CPU'}")
-    if options.dry_run:
+    command = commands.server_command(values, report.given, report.layout, hardware)
+    print(f"The vLLM server at {url.geturl()}, on {report.layout.describe_server()}")
+    if is_dry_run:
         _print_command("vLLM server", command)
         return 0
     print("It serves until it is stopped (Ctrl-C, TERM).", flush=True)
@@ -175,7 +172,7 @@ def _diagnose(argv: list[str], hardware: Hardware, options: Options, node: comma
 def _check(argv: list[str], hardware: Hardware, options: Options, may_prepare: bool) -> Report:
     """Run the preflight, and make what it misses: a merged model, and what the recipe's `prepare` makes."""
     if sys.stderr.isatty():
-        print("Checking recipe, model and data …", file=sys.stderr)
+        print(f"Checking {Path(argv[1]).stem} with its model and data …", file=sys.stderr)
     report = run_preflight(argv, hardware, options, start)
     if not may_prepare:
         return report
@@ -246,11 +243,13 @@ FREE += ["vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_s
 FREE_PREFIXES = ("eval_", "hub_", "log_", "logging_", "num_completions_", "push_", "report_", "save_")
 
 
-def _go_on(report: Report, resumed: runs.Run | None, *, is_same_recipe: bool, is_forced: bool) -> None:
+def _go_on(report: Report, resumed: runs.Run | None, recipe: str, is_forced: bool) -> None:
     """Let the report be of the run that is resumed, if any is."""
     if not resumed:
         return
-    report.name, report.recipe_text = resumed.recipe, report.recipe_text if is_same_recipe else resumed.recipe_text
+    report.name = resumed.recipe
+    if Path(recipe).stem != resumed.recipe:
+        report.recipe_text = resumed.recipe_text
     if report.values and not is_forced:
         _check_unchanged(report, resumed)
 

@@ -90,6 +90,27 @@ def test_a_server_on_two_gpus(gpus, options, given):
 
 
 @pytest.mark.parametrize(
+    ("vllm_gpus", "size", "server_gpus", "replicas"),
+    [
+        (None, None, "0123", 1),
+        (2, None, "01", 1),
+        (None, 2, "01", 1),
+        (4, 2, "0123", 2),
+        (3, 2, None, 0),
+        (5, 1, None, 0),
+    ],
+)
+def test_a_machine_that_only_serves(vllm_gpus, size, server_gpus, replicas):
+    """With all of its GPUs, or with as many as it is told."""
+    given = {"vllm_tensor_parallel_size": size} if size else {}
+    options = Options(serves=True, vllm_gpus=vllm_gpus)
+    layout, _, refused = choose(4, options=options, vllm_server_base_url="http://10.0.0.3:8000", **given)
+    assert refused == ([] if server_gpus else ["--vllm_gpus"])
+    if server_gpus:
+        assert (ids(layout.server_gpus), layout.replicas) == (list(server_gpus), replicas)
+
+
+@pytest.mark.parametrize(
     ("gpus", "options", "given", "field"),
     {
         "no whole replicas": (4, Options(vllm_gpus=3), {"vllm_tensor_parallel_size": 2}, "--vllm_gpus"),
