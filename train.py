@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
     rewards = []
     if not is_sft:
         rewards = plugins.load_rewards(recipe.reward_funcs, recipe.reward_kwargs, timeout=recipe.reward_timeout)
-    limits = guard_limits(recipe.guards, run.values["beta"], server_dtype(run.values) != "float32")
+    is_16_bit = server_dtype(run.values) != "float32"
+    limits = guard_limits(recipe.guards, run.values["beta"], is_16_bit, recipe.refuse_hopeless)
     guards = Guards(run.folder, limits, metric="loss" if is_sft else "reward")
     end_on_request = EndOnRequest(run.folder)
     trainer = build_trainer(
@@ -84,6 +85,7 @@ def save(trainer, run: Run, is_whole: bool) -> None:
         run: the run.
         is_whole: whether it came to its end, the same on all ranks.
     """
+    from grpo_launcher import autopsy, rollouts
     from grpo_launcher.callbacks import print_summary
     from grpo_launcher.report import plot_run
 
@@ -98,6 +100,8 @@ def save(trainer, run: Run, is_whole: bool) -> None:
     if trainer.is_world_process_zero():
         plot_run(run.folder)
         print_summary(run.folder)
+        if rollouts.files(run.folder):
+            autopsy.examine(run.folder)
         plan = f" The plan said {run.planned_memory}." if run.planned_memory else ""
         print(f"A rank held up to {peak:.1f} GiB.{plan}")
         if is_whole:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from transformers import TrainerCallback
 
-from grpo_launcher import overlap
+from grpo_launcher import overlap, resample
 from grpo_launcher.errors import UserError, did_you_mean
 from grpo_launcher.messages import last_reply, last_user_text, transcript
 from grpo_launcher.runs import (
@@ -211,8 +211,9 @@ def print_summary(folder: Path) -> None:
         print(f"{folder}, {read_metrics(folder)[-1]['step']} steps:")
         table = pandas.DataFrame(changes, columns=["mean of", "the first three", "the last five"])
         print(table.to_string(index=False, float_format="{:.4g}".format), flush=True)
-    if text := overlap.summary(read_metrics(folder)):
-        print(text)
+    for part in (overlap, resample):
+        if text := part.summary(read_metrics(folder)):
+            print(text)
 
 
 FINITE = ("loss", "reward", "grad_norm", "kl")  # NaN or infinity in any of these stops a run at once
@@ -228,6 +229,7 @@ GUARDS = {
     "completions/clipped_ratio": {"max": 0.95, "steps": 20},
     "frac_reward_zero_std": {"max": 0.95, "steps": 20},
 }
+HOPELESS = {"max": 0.95, "steps": 2}
 SYNC_DIFFERENCE_16_BIT = 0.3  # rounding alone makes some hundredths
 ADVICE = {
     FAILED_RATINGS: "see in train.log why the reward gave no rating",
@@ -239,8 +241,12 @@ ADVICE = {
 }
 
 
-def guard_limits(given: dict | None, beta: float, is_16_bit: bool = False) -> dict[str, dict]:
+def guard_limits(
+    given: dict | None, beta: float, is_16_bit: bool = False, refuse_hopeless: bool = False
+) -> dict[str, dict]:
     """Merge the recipe's guards into the defaults: metric -> {"min" and/or "max", "steps"}; null switches one off.
+
+    With refuse_hopeless that of the groups without spread stops a run, after two steps.
 
     Raises:
         UserError: an unknown guard or bound, a bound that is no number, a KL guard with beta 0.
@@ -258,6 +264,10 @@ def guard_limits(given: dict | None, beta: float, is_16_bit: bool = False) -> di
         else:
             problem = f"{name}: {limit!r} is no range"
             raise UserError("guards", problem, "write {max: 1.0, steps: 3}, with min, max or both, and steps from 1")
+    if refuse_hopeless:
+        if "frac_reward_zero_std" in (given or {}):
+            raise UserError("guards", "frac_reward_zero_std: refuse_hopeless sets it", "leave one of them out")
+        limits["frac_reward_zero_std"] = HOPELESS
     if beta == 0 and (given or {}).get("kl"):
         raise UserError("guards", "kl: with beta 0 no KL is measured", "set beta (0.04, say), or leave the guard out")
     return limits
@@ -304,7 +314,7 @@ class Guards(TrainerCallback):
             return
         reasons = _not_finite(logs)
         for name, message in self._exceeded(logs).items():
-            if name in STOPPING:
+            if name in STOPPING or self.limits[name] is HOPELESS:
                 reasons.append(message)
             elif name not in self.warned:
                 self.warned.add(name)

@@ -46,13 +46,14 @@ RANGES = {
     "at least 1": (lambda n: n >= 1, [
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_generations",
         "num_generations_eval", "generation_batch_size", "steps_per_generation", "num_iterations", "eval_rows",
-        "max_completion_length", "vllm_max_model_length", "vllm_tensor_parallel_size", "ref_model_sync_steps"]),
+        "max_completion_length", "vllm_max_model_length", "vllm_tensor_parallel_size", "ref_model_sync_steps",
+        "keep_rollouts"]),
     "more than 0": (lambda n: n > 0, [
         "temperature", "repetition_penalty", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"]),
     "at least 0": (lambda n: n >= 0, [
         "learning_rate", "beta", "epsilon", "epsilon_high", "weight_decay", "max_grad_norm", "warmup_steps",
-        "sample_every", "reward_timeout", "max_server_restarts", "max_restarts", "max_tool_calling_iterations",
-        "vllm_server_timeout"]),
+        "sample_every", "resample_groups", "reward_timeout", "max_server_restarts", "max_restarts",
+        "max_tool_calling_iterations", "vllm_server_timeout"]),
     "more than 0 and at most 1": (lambda n: 0 < n <= 1, ["top_p", "vllm_gpu_memory_utilization"]),
     "from 0 to 1": (lambda n: 0 <= n <= 1, ["min_p", "top_entropy_quantile", "lora_dropout"]),
     "from 1 to 65535": (lambda n: 1 <= n <= 65535, ["vllm_server_port", "vllm_group_port"]),
@@ -137,6 +138,17 @@ class Recipe(ScriptArguments):
     )
     vllm_server_args: list[str] | None = field(
         default=None, **_help("More arguments of the vLLM server, passed through as they are: ['--max-num-seqs=64'].")
+    )
+    keep_rollouts: int = field(
+        default=1000, **_help("Steps whose completions are kept: the first, the newest, and others evenly between.")
+    )
+    refuse_hopeless: bool = field(
+        default=False,
+        **_help("End a run when in two steps in a row more than 0.95 of the groups have rewards without spread."),
+    )
+    resample_groups: int = field(
+        default=0,
+        **_help("How often in a step groups whose rewards are all the same are asked again, with other prompts."),
     )
     sample_every: int = field(default=10, **_help("Steps between two printed samples. 0 prints none."))
 
@@ -391,13 +403,16 @@ def sends_files(recipe: Recipe, args) -> bool:
     return args.use_vllm and args.vllm_mode == "server" and recipe.weight_sync in ("disk", "adapter")
 
 
+OWN_GRPO_FIELDS = ["tools", "environment_factory", "resample_groups", "refuse_hopeless"]
+
+
 def grpo_only_fields(values: dict) -> list[str]:
     """Return the fields that a supervised run has no use for and that do not stand at their default."""
     sft_fields = set(SFTConfig.__dataclass_fields__)
     shared = {"max_completion_length", "use_vllm", "num_completions_to_print"}  # chat and comparison use the first
     names = [name for name in GRPOConfig.__dataclass_fields__ if name not in sft_fields and name not in shared]
     defaults = {name: plain(value) for name, value in vars(_Parser().parse_args([])).items()} | DEFAULTS
-    return [name for name in [*names, "tools", "environment_factory"] if values[name] != defaults[name]]
+    return [name for name in [*names, *OWN_GRPO_FIELDS] if values[name] != defaults[name]]
 
 
 def _sft_defaults() -> dict:

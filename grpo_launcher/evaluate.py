@@ -1,6 +1,5 @@
 """Put the same prompts to several models, score what they write, and compare each model with the first one."""
 
-import asyncio
 import hashlib
 import inspect
 import json
@@ -87,9 +86,6 @@ class RewardSet:
             "prompts": prompts,
             "completions": [each.as_messages() if is_chat else each.text for each in completions],
             "completion_ids": token_ids,
-            "trainer_state": None,
-            "log_extra": lambda column, values: None,
-            "log_metric": lambda name, value: None,
         }
         scores = {}
         for name, reward in list(self.functions.items()):
@@ -97,8 +93,7 @@ class RewardSet:
                 scores[name] = [None] * len(completions)  # a server keeps them to itself
                 continue
             try:
-                result = reward(**keywords)
-                scores[name] = asyncio.run(result) if inspect.iscoroutine(result) else result
+                scores[name] = plugins.call_reward(reward, **keywords)
             except Exception as error:
                 del self.functions[name]
                 self.failed.append(name)

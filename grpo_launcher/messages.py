@@ -18,7 +18,13 @@ _MARKS = "".join(char for char in map(chr, range(0x300, 0xAC00)) if unicodedata.
 _ALONE = rf"{CHINESE.pattern}|{_SPACELESS.pattern}"
 WORD = re.compile(rf"(?=\w)(?:{_ALONE})[{_MARKS}]*|(?:(?!{_ALONE})\w[{_MARKS}]*)+")
 _SETTING = re.compile(r"\\(?:boxed|fbox|mbox|underline|emph|bm|operatorname|text\w*|math\w+)\s*\{([^{}]*)\}")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # would move the cursor or change colours
 TOOL_ERROR = "{'error': "  # how TRL begins the result of a tool that raised
+
+
+def printable(text: str) -> str:
+    """Replace what would command a terminal."""
+    return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def last_reply(completion: str | list[dict]) -> str:

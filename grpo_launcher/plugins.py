@@ -127,6 +127,18 @@ def load_rewards(
     return rewards
 
 
+def call_reward(reward: Callable, **columns) -> list[float | None]:
+    """Call a reward as TRL does, outside a trainer.
+
+    Args:
+        reward: of load_rewards; it may be a coroutine function.
+        columns: prompts, completions and all others, one value a completion in each.
+    """
+    stand_ins = {"trainer_state": None, "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    scores = reward(**stand_ins | columns)
+    return asyncio.run(scores) if inspect.iscoroutine(scores) else scores
+
+
 def metric_name(reward: Callable | str) -> str:
     """Return TRL's name of a reward in metrics: a function's name, or the last part of a reward model's id."""
     return reward.rstrip("/").split("/")[-1] if isinstance(reward, str) else reward.__name__

@@ -170,7 +170,7 @@ class _Check:
         """Refuse what TRL cannot do together."""
         values = self.report.values
         try:
-            guard_limits(values["guards"], values["beta"])
+            guard_limits(values["guards"], values["beta"], refuse_hopeless=values["refuse_hopeless"])
         except UserError as error:
             self.report.problems.append(str(error))
         self._full_sampling()
@@ -190,8 +190,20 @@ class _Check:
             self.refuse("dataset_streaming", "a supervised run tokenizes all rows first", "dataset_streaming: false")
         if values["dataset_streaming"] and values["max_steps"] <= 0:
             self.refuse("max_steps", "a stream has no length", "give the number of steps, for example max_steps: 200")
+        if values["resample_groups"]:
+            self._resampling()
         if values["use_peft"] and self.meta_model is not None:
             self._check_lora_targets()
+
+    def _resampling(self) -> None:
+        """Refuse what would mix the rows of two generations wrongly."""
+        values, fix = self.report.values, "resample_groups: 0"
+        for name in ("overlap", "dataset_streaming", "tools", "environment_factory"):
+            if values[name]:
+                self.refuse("resample_groups", f"it does not work together with {name}", f"leave {name} out, or {fix}")
+        if values["scale_rewards"] == "batch":
+            problem = "with scale_rewards: batch the advantages of two generations would have two scales"
+            self.refuse("resample_groups", problem, f"scale_rewards: group, or {fix}")
 
     def _full_sampling(self) -> None:
         """Refuse sampling from a part of the vocabulary, whose log-probabilities the correction would misread."""

@@ -18,12 +18,11 @@ from rich.text import Text
 from grpo_launcher.chat.backends import Completion, Prompt, Turn
 from grpo_launcher.errors import UserError
 from grpo_launcher.evaluate import LEVEL, METHOD
-from grpo_launcher.messages import last_reply
+from grpo_launcher.messages import last_reply, printable
 
 MIN_COLUMN = 28  # cells. Narrower columns stand one below the other
 PIPE_WIDTH = 120  # cells of a console that is a file or a pipe
 SUFFIXES = (".md", ".html", ".json", ".svg")
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # would move the cursor or change colours
 HTML_HEAD = """<!DOCTYPE html>
 <meta charset="utf-8">
 <style>body { font: 15px/1.4 system-ui, sans-serif; margin: 2em } table { border-collapse: collapse }
@@ -116,11 +115,6 @@ def figures(completion: Completion) -> list[str]:
     characters = len(last_reply(completion.as_messages()))
     lines = [", ".join([f"{characters} characters", *tokens]), *rewards, ", ".join(ended)]
     return [line for line in lines if line]
-
-
-def printable(text: str) -> str:
-    """Replace what would command a terminal."""
-    return UNPRINTABLE.sub("\ufffd", text)
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -106,7 +106,7 @@ def load(names: list[str], options: dict, columns: dict[str, list]) -> list[Call
 
 def score(reward: Callable, rows: list[tuple[str, str]], columns: dict[str, list], format: str, logged=None) -> list:
     """Return the scores of one call as TRL makes it. A column with two values has the second for the second prompt."""
-    import asyncio
+    from grpo_launcher.plugins import call_reward
 
     pairs = [FORMATS[format][0](*row) for row in rows]
     batch = {"prompts": [prompt for prompt, _ in pairs], "completions": [completion for _, completion in pairs]}
@@ -119,8 +119,7 @@ def score(reward: Callable, rows: list[tuple[str, str]], columns: dict[str, list
     def log(name, value):
         logged.append(f"logged {name}: {value}")
 
-    scores = reward(**batch, trainer_state=state, log_extra=log, log_metric=log)
-    return asyncio.run(scores) if inspect.iscoroutine(scores) else scores
+    return call_reward(reward, **batch, trainer_state=state, log_extra=log, log_metric=log)
 
 
 def check(reward: Callable, columns: dict[str, list]) -> Iterator[tuple[str, str, str]]:

@@ -222,6 +222,12 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write a file of JSON. What is NaN or infinite becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file in one move: who reads it sees the old content or the new."""
     draft = path.with_name(f".{path.name}-{os.getpid()}")

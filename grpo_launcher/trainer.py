@@ -12,6 +12,7 @@ import json
 from collections import defaultdict, deque
 from pathlib import Path
 
+import pandas
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
@@ -32,14 +33,16 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import RepeatSampler, create_model_from_path
 
-from grpo_launcher import seq2seq
+from grpo_launcher import resample, rollouts, seq2seq
 from grpo_launcher.callbacks import SYNC_DIFFERENCE, print_sample
 from grpo_launcher.config import sends_files
-from grpo_launcher.overlap import NextBlock
-from grpo_launcher.plugins import DROPPED_COLUMNS, AsyncReward
+from grpo_launcher.layout import server_dtype
+from grpo_launcher.overlap import LAG, NextBlock
+from grpo_launcher.plugins import DROPPED_COLUMNS, TRL_KEYWORDS, AsyncReward
 from grpo_launcher.recovery import Recovery
 from grpo_launcher.runs import FINAL, report_progress
 from grpo_launcher.trl_version import check_trl_version
+from grpo_launcher.verdict import verdict
 from grpo_launcher.weight_sync import DiskSyncClient, send_adapter
 
 REFERENCE = "reference.pth"  # in a checkpoint, where the reference follows the policy
@@ -51,6 +54,8 @@ class Trainer(GRPOTrainer):
 
     Args:
         sample_every: steps between two printed samples; 0 prints none.
+        keep_rollouts: steps whose completions are kept.
+        resample_groups: how often in a step groups without spread are asked again, with other prompts.
         longest_row: tokens of the longest prompt and completion. The first micro-batch is padded to it, so that a run
             whose memory does not suffice ends in its first step. 0: not known.
         overlap: the vLLM server generates the next block while this one is trained.
@@ -62,13 +67,17 @@ class Trainer(GRPOTrainer):
         self,
         *args,
         sample_every: int = 0,
+        keep_rollouts: int = 1000,
+        resample_groups: int = 0,
         longest_row: int = 0,
         overlap: bool = False,
         sends_files: bool = False,
         adapter_sync: bool = False,
         **kwargs,
     ):
-        self.sample_every, self.longest_row = sample_every, longest_row
+        self.sample_every, self.keep_rollouts, self.longest_row = sample_every, keep_rollouts, longest_row
+        self.resample_groups, self._flat_prompts = resample_groups, set()
+        self._verdict = set()  # the kinds of problems that were told
         self._measure_values = defaultdict(list)  # (mode, reward name) -> values of all ranks, one tensor a batch
         self._in_tool_loop, self._generating = False, "generating"
         self._compared_prompt = None
@@ -148,6 +157,7 @@ class Trainer(GRPOTrainer):
         """
         self._report("scoring")
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._keep_columns(inputs, completion_ids_list)
         self._report("training" if self.mode == "train" else "evaluating")
         group_size = self.num_generations if self.mode == "train" else self.num_generations_eval
         is_measure = (self.reward_weights == 0).to(rewards.device)
@@ -160,6 +170,45 @@ class Trainer(GRPOTrainer):
         group_means = rewards.view(-1, group_size, rewards.shape[1]).nanmean(dim=1)
         return torch.where(failed, group_means.repeat_interleave(group_size, dim=0), rewards)
 
+    def _keep_columns(self, inputs: list[dict], completion_ids: list[list[int]]) -> None:
+        """Let the file of a step have what rollouts.py shows, and the dataset's columns, which rewards need."""
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        columns = {rollouts.IDS: completion_ids, rollouts.CUT_OFF: [ids[-1] not in ends for ids in completion_ids]}
+        taken = {*DROPPED_COLUMNS, *TRL_KEYWORDS, *self.reward_func_names, "step", "advantage", "image", "images"}
+        columns |= {name: [row[name] for row in inputs] for name in inputs[0] if name not in taken}
+        for name, values in columns.items():
+            self._log_completion_extra(name, values)
+
+    def _keep_difference(self, output: dict) -> None:
+        """The same for what is known in the end: which weights made the block, and how server and trainer differ."""
+        count = len(output["advantages"])
+        made_by = self.state.global_step - (self._metrics["train"].get(LAG) or [0])[-1]
+        columns = {rollouts.WEIGHTS_STEP: [made_by] * count}
+        trainer, server = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
+        if trainer is not None and server is not None:
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            sums = ((trainer - server).abs().nan_to_num() * mask).sum(dim=1)
+            columns[rollouts.LOGP_DIFFERENCE] = (sums / mask.sum(dim=1).clamp(min=1)).tolist()
+        for name, values in columns.items():
+            self._logs["extra"][name].extend(gather_object(values))
+
+    def _judge_step(self) -> None:
+        """Print what keeps this step's groups from teaching, where that is not known yet."""
+        logs = self._logs
+        rewards = torch.tensor([logs["rewards"][name] for name in self.reward_func_names]).T  # (B, number of rewards)
+        weights = self.reward_weights.cpu()
+        frame = pandas.DataFrame({"reward": (rewards * weights).nansum(dim=1)})
+        frame["reward"] = frame["reward"].mask(rewards.isnan().all(dim=1).numpy())
+        frame["group"] = frame.index // self.num_generations
+        frame["cut_off"] = list(logs["extra"][rollouts.CUT_OFF])
+        frame["tokens"] = [len(ids) for ids in logs["extra"][rollouts.IDS]]
+        problems = verdict(frame, self.max_completion_length, weights.sum().item())
+        for text in (text for kind, text in problems.items() if kind not in self._verdict):
+            print(f"Verdict on step {self.state.global_step}: {text}", flush=True)
+        if self._verdict and not problems:
+            print(f"Verdict on step {self.state.global_step}: nothing of that any more.", flush=True)
+        self._verdict = set(problems)
+
     def log(self, logs, start_time=None):
         """Log a measure's mean over completions, and print a sample.
 
@@ -170,7 +219,12 @@ class Trainer(GRPOTrainer):
         for name in self.reward_func_names:
             if batches := self._measure_values.pop((mode, name), None):
                 self._metrics[mode][f"rewards/{name}/mean"] = [torch.cat(batches).nanmean().item()]
+        is_judged = self.is_world_process_zero() and mode == "train" and "train_runtime" not in logs
+        if is_judged and self._logs["prompt"]:
+            self._judge_step()
         super().log(logs, start_time)
+        if is_judged and self.log_completions:
+            rollouts.prune(Path(self.args.output_dir), self.keep_rollouts)
         if not self.sample_every or not self.is_world_process_zero() or mode == "eval" or "train_runtime" in logs:
             return
         if step == 1 or step % self.sample_every == 0:
@@ -286,6 +340,7 @@ class Trainer(GRPOTrainer):
             "metrics": self._metrics["train"],
             "compared_prompt": self._compared_prompt,
             "next_block": self._next_block and self._next_block.state(),
+            "flat_prompts": sorted(self._flat_prompts),
         }
         if self.is_world_process_zero() and not is_between_blocks:
             figures["logs"] = {name: values for name, values in self._logs.items() if name != "images"}
@@ -315,6 +370,7 @@ class Trainer(GRPOTrainer):
         figures = json.loads(tensors["figures"])
         self._globalstep_last_logged, self._tr_loss = figures["logged"], tensors["loss"]
         self._compared_prompt = figures["compared_prompt"]
+        self._flat_prompts = set(figures.get("flat_prompts", []))
         self._metrics["train"].update(figures["metrics"])
         self._measure_values.update({("train", name): values for name, values in tensors["measures"].items()})
         if figures["batches"] == self._batches:  # --force goes on with another size
@@ -407,14 +463,75 @@ class Trainer(GRPOTrainer):
         prompt_ids, _, _ = self._tokenize_prompts([row["prompt"] for row in self._upcoming[self._block_batches - 1]])
         return gather_object(prompt_ids)[:: self.num_generations]
 
+    def _score(self, inputs: list[dict]) -> dict:
+        """Generate and score by the stock way."""
+        self._inputs = inputs
+        output = super()._generate_and_score_completions(inputs)
+        if self.mode == "train":
+            self._keep_difference(output)
+        return output
+
+    def _with_spread(self, inputs: list[dict]) -> dict:
+        """Generate and score, and again with other prompts in place of those whose groups have no spread.
+
+        The figures of the step are those of the first generation, so that curves compare with a run that asks once.
+        """
+        metrics, size = self._metrics["train"], self.num_generations
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        groups = self._groups(self._score(inputs))
+        figures_of = [
+            metrics,
+            {name: values for (mode, name), values in self._measure_values.items() if mode == "train"},
+        ]
+        counts = [{name: len(values) for name, values in each.items()} for each in figures_of]
+        figures = {resample.STOCK_TOKENS: sum(group.tokens for group in groups)}
+        figures[resample.STOCK_GROUPS] = sum(group.has_spread for group in groups)
+        tokens, asked = figures[resample.STOCK_TOKENS], {group.prompt for group in groups}
+        for attempt in range(self.resample_groups):
+            flat = [place for place, group in enumerate(groups) if not group.has_spread]
+            if not flat:
+                break
+            wanted = len(flat)
+            while wanted * size % ranks:  # every rank needs as many completions
+                wanted += 1
+            seed = [self.args.seed, self.state.global_step, self._step, attempt]
+            rows = resample.other_rows(self.train_dataset, wanted, seed, asked, self._flat_prompts)
+            rows = [row for row in rows for _ in range(size)]
+            share = len(rows) // ranks
+            others = self._groups(self._score(rows[rank * share : (rank + 1) * share]))
+            tokens += sum(group.tokens for group in others)
+            asked |= {group.prompt for group in others}
+            for place, group in zip(flat, [group for group in others if group.has_spread], strict=False):
+                groups[place] = group
+        for each, lengths in zip(figures_of, counts, strict=True):
+            for name, values in each.items():
+                del values[lengths.get(name, 0) :]
+        figures |= {resample.TOKENS: tokens, resample.GROUPS: sum(group.has_spread for group in groups)}
+        for name, value in figures.items():
+            metrics[name].append(float(value))
+        resample.write_logs(self._logs, groups)
+        rows = [row for group in groups for row in group.rows]
+        local = rows[rank * len(inputs) : (rank + 1) * len(inputs)]
+        output = resample.joined(local, self._tokenizer.pad_token_id, self.accelerator.device)
+        masks = [row["completion_mask"] * row.get("tool_mask", 1) for row in rows]
+        output["num_items_in_batch"] = torch.stack([mask.sum() for mask in masks]).sum().to(self.accelerator.device)
+        return output
+
+    def _groups(self, output: dict) -> list:
+        """Return the groups of all ranks that were just scored, and remember which prompts have no spread."""
+        groups = resample.groups_of(output, self._logs, self.num_generations, self.reward_weights)
+        for group in groups:
+            (self._flat_prompts.discard if group.has_spread else self._flat_prompts.add)(group.prompt)
+        return groups
+
     def _generate_and_score_completions(self, inputs):
         """Log what the importance weights leave of a block that older weights have made.
 
         `overlap/effective_sample_size` is the share of its tokens that would weigh as much, all alike, and
         `overlap/capped` the share whose weight was cut or masked. Both are from 0 to 1.
         """
-        self._inputs = inputs
-        output = super()._generate_and_score_completions(inputs)
+        is_resampled = self.mode == "train" and self.resample_groups
+        output = self._with_spread(inputs) if is_resampled else self._score(inputs)
         if self._next_block and self.mode == "train":
             weights, mask = output["importance_sampling_ratio"].double(), output["completion_mask"].bool()
             weights = weights[mask] if weights.shape == mask.shape else weights.flatten()  # of tokens, or completions
@@ -641,6 +758,10 @@ def _write_run_card(trainer, *args, **kwargs) -> None:
 
 
 def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) -> Trainer:
+    if args.use_vllm and args.vllm_mode == "colocate":
+        # TRL leaves the type to vLLM, which takes 16 bits for weights of 32. It has no argument for another.
+        dtype = server_dtype({"bf16": args.bf16, "fp16": args.fp16, "dtype": args.model_init_kwargs["dtype"]})
+        vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=dtype)
     if sends_files(recipe, args):
         # VLLMGeneration makes its client by this name and connects at once. It has no argument for another client.
         vllm_generation.VLLMClient = DiskSyncClient
@@ -655,7 +776,9 @@ def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) 
     if seq2seq.is_seq2seq(config):
         # Policy and reference are loaded with these. The class that config.json names may have no head.
         args.model_init_kwargs |= {"architecture": seq2seq.model_class(config), **seq2seq.no_dropout(config)}
-    options |= {"sample_every": recipe.sample_every, "overlap": recipe.overlap}
+    options |= {
+        name: getattr(recipe, name) for name in ("sample_every", "keep_rollouts", "resample_groups", "overlap")
+    }
     options["sends_files"] = sends_files(recipe, args)
     options["adapter_sync"] = options["sends_files"] and recipe.weight_sync == "adapter"
     trainer = Trainer(name, args=args, reward_funcs=rewards, **options)

@@ -140,6 +140,17 @@ class Browser:
         """What a reader sees."""
         return self.run("document.body.innerText")
 
+    def click_at(self, script: str) -> None:
+        """Click the element that an expression names, as soon as it is there."""
+        self._press(
+            f"""(() => {{
+            const one = {script};
+            one?.scrollIntoView({{block: 'center'}});
+            const box = one?.getBoundingClientRect();
+            return box?.width ? [box.x + box.width / 2, box.y + box.height / 2] : null;
+        }})()"""
+        )
+
     def click(self, words: str) -> None:
         """Click the button, tab or label with these words. Gradio has a hidden copy of each tab."""
         find = f"""(() => {{
@@ -150,6 +161,9 @@ class Browser:
                 if (one.contains(document.elementFromPoint(x, y))) return [x, y];
             }}
         }})()"""
+        self._press(find)
+
+    def _press(self, find: str) -> None:
         x, y = self.wait(find)
         for kind in ("mousePressed", "mouseReleased"):
             self.tell("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)

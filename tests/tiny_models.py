@@ -1,8 +1,10 @@
 """Models that are made in a moment, with random weights: causal, encoder-decoder, adapters on them, and runs."""
 
+import json
 import tempfile
 from pathlib import Path
 
+import pandas
 import torch
 import trl
 from peft import LoraConfig, get_peft_model
@@ -112,6 +114,29 @@ def make_adapter(folder: Path, base: Path, seed: int, named: str | None = None) 
     model = get_peft_model(model_class(config).from_pretrained(base), lora)
     model.peft_config["default"].base_model_name_or_path = named or str(base)
     model.save_pretrained(folder)
+
+
+def write_rollouts(folder: Path, step: int, rows: list[dict], **fields) -> None:
+    """Write the completions of one step as a run keeps them, and the run where there is none.
+
+    Args:
+        folder: the run's folder.
+        step: of training.
+        rows: prompt and completion as texts, advantage and other columns; all of type float but the advantage are
+            rewards.
+        fields: of the recipe.
+    """
+    if not (folder / "run.json").exists():
+        make_run(folder, "no-model", **fields)
+    (folder / "completions").mkdir(exist_ok=True)
+    frame = pandas.DataFrame([{"step": step, "advantage": 0.0, **row} for row in rows])
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        frame[name] = [[{"role": role, "content": text}] for text in frame[name]]
+    frame.to_parquet(folder / f"completions/completions_{step:05d}.parquet")
+    means = frame.drop(columns="advantage").select_dtypes("float").mean()
+    line = {"step": step, "reward": means.sum(), **{f"rewards/{name}/mean": mean for name, mean in means.items()}}
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def make_run(folder: Path, model: str, **fields) -> None:

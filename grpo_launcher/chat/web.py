@@ -24,6 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from grpo_launcher import report, runs
 from grpo_launcher.chat.backends import Completion, Turn, converse
 from grpo_launcher.chat.models import GenerationSettings
+from grpo_launcher.chat.rollouts_tab import RolloutsTab
 from grpo_launcher.errors import UserError
 from grpo_launcher.evaluate import RewardSet
 from grpo_launcher.render import figures
@@ -102,8 +103,12 @@ class Page:
                         0, most, self.settings.temperature, step=0.05, label="Temperature (0: greedy)"
                     )
                 self.rates = gr.Dataframe(lambda: win_rates(read_votes(self.votes)), label="Votes", interactive=False)
+            timer = gr.Timer(CURVES_S)
             with gr.Tab("Curves", visible=self.run is not None) as tab:
                 plot, seen = gr.Plot(show_label=False), gr.State()
+            if self.run:
+                with gr.Tab("Rollouts") as rollouts:
+                    RolloutsTab(self.run, timer, rollouts)
             quiet = {"show_progress": "hidden"}
             one_at_a_time = {"concurrency_id": "models", "concurrency_limit": 1}
             drawn = [self.state, self.hint, *self.chats, *self.ballots.values()]
@@ -114,7 +119,7 @@ class Page:
             blind.input(self.switch, [blind, self.state], [self.booth, *drawn], **one_at_a_time, **quiet)
             for vote, button in self.ballots.items():
                 button.click(functools.partial(self.vote, vote), self.state, [self.rates, *drawn], **quiet)
-            gr.on([tab.select, gr.Timer(CURVES_S).tick], self.curves, seen, [seen, plot], **quiet)
+            gr.on([tab.select, timer.tick], self.curves, seen, [seen, plot], **quiet)
         return blocks
 
     def new_conversation(self, blind: bool) -> Conversation:

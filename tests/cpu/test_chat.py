@@ -15,7 +15,7 @@ import pytest
 from browser import Browser, chromium
 from chat_models import TOKENS, WHOLE, checkpoints, place  # noqa: F401
 from helpers import ROOT
-from tiny_models import SYSTEM
+from tiny_models import SYSTEM, write_rollouts
 
 import compare_checkpoints
 from grpo_launcher.launch.hardware import free_ports
@@ -130,6 +130,60 @@ def test_the_page_in_a_browser(spawn):
         child.expect(pexpect.EOF)
         child.wait()
         assert child.exitstatus == 0 and not any(process.is_running() for process in family)
+
+
+def test_rollouts_in_a_browser(spawn):
+    """Another step, a text to search for, an order, one prompt's completions in all steps; a new step comes by itself."""
+    if not chromium():
+        pytest.skip("no Chromium is on the PATH (Debian: apt-get install chromium)")
+    run = Path(WHOLE)
+    for step in (1, 2, 3):
+        write_step(run, step)
+    child = spawn(f"{WHOLE}/final-checkpoint", "--web")
+    child.expect(r"Open (http://127\.0\.0\.1:\d+/)")
+    with Browser() as browser:
+        browser.open(child.match[1])
+        browser.click("Rollouts")
+        browser.wait("document.body.innerText.includes('Reply 0 of step 3')")
+        browser.wait("document.querySelector('img[src^=\"data:image\"]') !== null")
+        browser.type("input[type=number]", "2")
+        browser.press_enter()
+        browser.wait("document.body.innerText.includes('Reply 0 of step 2')")
+        browser.type("input[placeholder='Search...']", "Reply 3")
+        browser.wait("!document.body.innerText.includes('Reply 0 of step 2')")
+        browser.type("input[placeholder='Search...']", "")
+        browser.wait("document.body.innerText.includes('Reply 0 of step 2')")
+        first = f"{SEEN}('[role=gridcell]').find(cell => cell.innerText.startsWith('Reply')).innerText"
+        assert browser.run(first).startswith("Reply 0")
+        browser.click_at(f"{SEEN}('th').find(cell => cell.innerText.trim().startsWith('reward'))")
+        browser.click_at(f"{SEEN}('th .cell-menu-button')[0]")
+        browser.click("Sort ascending")
+        browser.wait(f"{first}.startsWith('Reply 3')")
+        browser.click_at(f"{SEEN}('[role=gridcell]').find(cell => cell.innerText.startsWith('Reply 3'))")
+        browser.wait(f"{SEEN}('th').map(cell => cell.innerText).join().includes('step 1,step 2,step 3')")
+        assert "Reply 2 of step 1" in browser.text() and "Reply 0 of step 1" not in browser.text()
+        browser.type("input[type=number]", "3")
+        browser.press_enter()
+        browser.wait("document.body.innerText.includes('Reply 0 of step 3')")
+        write_step(run, 4)
+        browser.wait("document.body.innerText.includes('Reply 0 of step 4')")
+        assert browser.complaints == [] and browser.run("document.documentElement.scrollWidth") <= 1280
+
+
+SEEN = "((name) => [...document.querySelectorAll(name)].filter(e => e.getBoundingClientRect().width > 0))"
+
+
+def write_step(run: Path, step: int) -> None:
+    """Write the completions of a step: two prompts, two replies each, the last with the lowest reward."""
+    rows = [
+        {
+            "prompt": f"Prompt {number // 2}?",
+            "completion": f"Reply {number} of step {step}.",
+            "length_reward": -float(number),
+        }
+        for number in range(4)
+    ]
+    write_rollouts(run, step, rows)
 
 
 def test_a_served_checkpoint_beside_the_same_one_here(tmp_path):

@@ -4,6 +4,8 @@ Where an assertion on the stock class fails, upstream has mended the fault, and 
 """
 
 import functools
+import hashlib
+import itertools
 import json
 import re
 import sys
@@ -12,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -23,9 +26,9 @@ from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
+from grpo_launcher import resample, trl_version, weight_sync
 from grpo_launcher import trainer as trainer_module
-from grpo_launcher import trl_version, weight_sync
-from grpo_launcher.callbacks import RunLog, console
+from grpo_launcher.callbacks import Guards, RunLog, console, guard_limits
 from grpo_launcher.config import build_dataclasses, load_config
 from grpo_launcher.errors import UserError
 from grpo_launcher.plugins import load_rewards
@@ -237,6 +240,91 @@ def test_a_sample_is_printed_now_and_then_in_place_of_trls_table(build, capfd, m
     assert output.count("sample at step") == 3 and "Advantage" not in output
 
 
+# The first day: what a run says of itself within two steps
+
+
+def plant(models, monkeypatch, ends: bool = True) -> None:
+    """Let every model write ten numbered replies in turn, whole or cut off after eight tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "causal")
+    numbers = itertools.count()
+
+    def single_turn(self, prompt_ids, *args, **kwargs):
+        texts = [f"The cat {next(numbers) % 10}{' waits' * 8 * (not ends)}<|im_end|>" for _ in prompt_ids]
+        return [tokenizer(text)["input_ids"][:8] for text in texts], None
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", single_turn)
+
+
+FIRST_DAY = {
+    "all wrong": (lambda number: 0.0, True, ["100% all wrong", "supervised fine-tuning"]),
+    "all right": (lambda number: 1.0, True, ["100% all right", "harder prompts"]),
+    "all cut off": (lambda number: 0.0, False, ["100% of the completions are cut off at 8", "100% all cut off"]),
+    "one constant": (lambda number: 0.5, True, ["100% all the same", "reward_check"]),
+    "healthy": (lambda number: number, True, []),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_DAY)
+def test_a_failure_of_the_first_day_gets_its_verdict_once(build, models, monkeypatch, capsys, case):
+    rate, ends, said = FIRST_DAY[case]
+    plant(models, monkeypatch, ends)
+
+    def mine(completions, **columns):
+        return [float(rate(int(completion[-1]["content"].split()[2]))) for completion in completions]
+
+    trainer = build([mine], "--max_steps", "2", "--save_strategy", "no", "--learning_rate", "0")
+    trainer.train()
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Verdict on step")]
+    assert len(verdicts) == (2 if case == "all cut off" else bool(said)), verdicts
+    assert all(text in "".join(verdicts) for text in said) and all("Verdict on step 1:" in line for line in verdicts)
+
+
+def test_a_hopeless_run_is_refused_after_two_steps(build, models, monkeypatch, tmp_path):
+    plant(models, monkeypatch)
+    guards = Guards(tmp_path, guard_limits(None, beta=0.0, refuse_hopeless=True))
+    flags = ["--max_steps", "5", "--save_strategy", "no", "--learning_rate", "0"]
+    trainer = build([reward("zero", *[[0.0] * 4] * 5)], *flags, callbacks=[guards, RunLog(tmp_path)])
+    trainer.train()
+    assert guards.stopped and trainer.state.global_step == 2
+
+
+# Resampling
+
+
+def test_resampled_groups_cost_fewer_tokens_and_the_figures_stay_those_of_the_first(build, tmp_path):
+    """Of 40 prompts 32 never have spread. The rest does in almost every group, whatever the model writes."""
+    rows = Dataset.from_dict({"prompt": [f"Number {number}?" for number in range(40)], "number": list(range(40))})
+
+    def mine(completions, number, **columns):
+        return [float(n % 5 == 0) * (hash_of(text) % 7) for text, n in zip(completions, number, strict=True)]
+
+    def measure(completions, **columns):
+        return [1.0] * len(completions)
+
+    def hash_of(text):
+        return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+    flags = ["--resample_groups", "2", "--max_steps", "20", "--save_strategy", "no", "--learning_rate", "0"]
+    flags += ["--per_device_train_batch_size", "32", "--reward_weights", "1", "0"]
+    trainer = build([mine, measure], *flags, rows=rows, callbacks=[RunLog(tmp_path)])
+    trainer.train()
+    lines = read_metrics(tmp_path)
+    tokens, useful, stock_tokens, stock_useful = (
+        sum(line[name] for line in lines)
+        for name in (resample.TOKENS, resample.GROUPS, resample.STOCK_TOKENS, resample.STOCK_GROUPS)
+    )
+    assert stock_useful == pytest.approx(0.2 * 8 * 20, abs=8), "8 groups a step"
+    assert tokens / useful < 0.6 * stock_tokens / stock_useful
+    assert np.mean([line["resample/useful_groups"] for line in lines[10:]]) > 7
+    assert all(line["rewards/measure/mean"] == 1 for line in lines)
+    kept = pandas.read_parquet(tmp_path / "completions/completions_00020.parquet")
+    assert len(kept) == 32 and len({*kept["prompt"]}) == 8
+    groups = kept.groupby("prompt")
+    assert (groups["mine"].std() > 0).sum() == lines[-1]["resample/useful_groups"]
+    assert (kept["mine"].to_numpy() == mine(kept["completion"], kept["number"])).all(), "each row is of one piece"
+    assert groups["advantage"].mean().abs().max() < 1e-3
+
+
 # Tools on several ranks
 
 
@@ -396,6 +484,25 @@ def test_an_environment_rates_its_completions_in_a_run(build, tmp_path, capsys):
 
 
 # What build_trainer builds
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--bf16", "true"], "bfloat16")])
+def test_vllm_in_the_trainer_computes_in_the_trainers_type(build, monkeypatch, flags, dtype):
+    """TRL leaves it to vLLM, which takes 16 bits for weights of 32: seen on a GPU as another policy."""
+    made = []
+
+    class Made(Exception):
+        """The engine was asked for."""
+
+    def engine(*args, **options):
+        made.append(options)
+        raise Made
+
+    monkeypatch.setattr(trainer_module.vllm_generation, "LLM", engine, raising=False)
+    monkeypatch.setattr(trainer_module.vllm_generation, "is_vllm_available", lambda *args: True)
+    with pytest.raises(Made):
+        build([reward("zero")], "--use_vllm", "true", "--vllm_mode", "colocate", *flags)
+    assert made[0]["dtype"] == dtype
 
 
 def test_another_trl_is_refused(monkeypatch):

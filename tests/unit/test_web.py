@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import gradio
 import pytest
 from gradio_client import Client
+from tiny_models import write_rollouts
 
 from grpo_launcher.chat.backends import Completion
 from grpo_launcher.chat.models import GenerationSettings
+from grpo_launcher.chat.rollouts_tab import RolloutsTab
 from grpo_launcher.chat.web import Page, append_vote, read_votes, win_rates
 from grpo_launcher.errors import UserError
 
@@ -69,6 +71,35 @@ def shown(page: Page, update: dict) -> str:
     """Return what an update shows in the columns."""
     chats = [update[chat] for chat in page.chats if chat in update]
     return json.dumps([each if isinstance(each, list) else [each.value, each.label] for each in chats], default=str)
+
+
+def test_rollouts_by_step_and_by_prompt(tmp_path):
+    """The nearest kept step; one prompt's completions in all steps, the best first, as text."""
+    run = tmp_path / "run"
+    with gradio.Blocks(), gradio.Tab("Rollouts") as tab:
+        empty = RolloutsTab(run, gradio.Timer(5), tab)
+    assert len(empty.rows(0)) == 0 and list(empty.look(0, 0))[2] == gradio.skip()
+    for step in (2, 9):
+        rows = [
+            {
+                "prompt": f"Prompt {number // 2}?",
+                "completion": f"<b>Reply {number} of {step}",
+                "a": float(number),
+                "b": 1.0,
+            }
+            for number in range(4)
+        ]
+        write_rollouts(run, step, rows, reward_funcs=["a", "b"], num_generations=2)
+    with gradio.Blocks(), gradio.Tab("Rollouts") as tab:
+        made = RolloutsTab(run, gradio.Timer(5), tab)
+    assert made.rows(3)["completion"].tolist() == [f"<b>Reply {number} of 2" for number in range(4)]
+    assert made.rows(8)["reward"].tolist() == [1, 2, 3, 4] and made.rows(8)["a"].tolist() == [0, 1, 2, 3]
+    shown = made.across_steps(9, SimpleNamespace(row_value=[2]))
+    places = [shown.index(text) for text in ("step 2", "step 9", "Reply 3 of 2", "Reply 2 of 2", "Reply 3 of 9")]
+    assert places == sorted(places) and "Reply 0" not in shown and "<b>Reply" not in shown
+    newest, slider, figure = made.look(2, 2)
+    assert newest == 9 and slider.value == 9 and len(figure.axes) == 2
+    assert made.look(9, 2)[1] == gradio.skip(), "who looks at an older step stays there"
 
 
 def test_one_models_failure_is_its_own(page):

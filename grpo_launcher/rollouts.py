@@ -1,0 +1,127 @@
+"""The completions of a run, step by step.
+
+python -m grpo_launcher.rollouts RUN [--step N] [--worst N | --best N] [--grep TEXT]
+
+Without --step: the newest step, or with --grep all that are kept. It works while the run goes on.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import pandas
+from pyarrow import parquet
+from rich.console import Console
+from rich.text import Text
+
+from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.messages import last_user_text, printable, transcript
+from grpo_launcher.runs import load_run, read_metrics
+
+# Columns that the trainer adds to TRL's, which are OWN, one for each reward, and what rewards log.
+IDS, CUT_OFF, LOGP_DIFFERENCE, WEIGHTS_STEP = "completion_ids", "cut_off", "logp_difference", "weights_step"
+ADDED = [IDS, CUT_OFF, LOGP_DIFFERENCE, WEIGHTS_STEP]
+OWN = ["step", "prompt", "completion", "advantage"]
+
+
+def files(run: Path) -> dict[int, Path]:
+    """Return the files of a run by step, in their order."""
+    found = sorted((run / "completions").glob("completions_*.parquet"))
+    return {int(re.findall(r"\d+", path.stem)[-1]): path for path in found}
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete files until at most `keep` are left: always the one whose neighbours are nearest to each other."""
+    kept = files(run)
+    while len(kept) > max(keep, 2):
+        steps = list(kept)
+        gaps = [after - before for before, after in zip(steps, steps[2:], strict=False)]
+        kept.pop(steps[1 + gaps.index(min(gaps))]).unlink()
+
+
+def load(run: Path, step: int) -> pandas.DataFrame:
+    """Return the completions of one step, one a row.
+
+    Args:
+        run: the run's folder.
+        step: one that files() names.
+
+    Returns:
+        The columns of the file, and: `group` (number of the prompt within the step), `question` and `text` (what
+        people read of prompt and completion), `characters`, `tokens`, `reward` (the weighted sum of the rewards that
+        were given). frame.attrs has `weights`, by reward, and `columns`, the names of the dataset's.
+
+    Raises:
+        UserError: the step is not kept.
+    """
+    if step not in (kept := files(run)):
+        known = ", ".join(map(str, kept)) or "none"
+        raise UserError("--step", f"the completions of step {step} are not kept", f"one of: {known}")
+    frame = pandas.DataFrame(parquet.read_table(kept[step]).to_pylist())  # messages as lists, and not as arrays
+    values = load_run(run).values
+    logged = {name for line in read_metrics(run) for name in line}
+    rewards = [name for name in frame if f"rewards/{name}/mean" in logged]
+    weights = values["reward_weights"] or [1.0] * len(rewards)
+    columns = [name for name in frame if name not in {*rewards, *OWN, *ADDED}]
+    frame["reward"] = frame[rewards].mul(weights).sum(axis=1, min_count=1)
+    frame["group"] = pandas.RangeIndex(len(frame)) // values["num_generations"]
+    frame["question"], frame["text"] = frame["prompt"].map(last_user_text), frame["completion"].map(transcript)
+    frame["characters"] = frame["text"].str.len()
+    if IDS in frame:
+        frame["tokens"] = frame[IDS].map(len)
+    frame.attrs = {"weights": dict(zip(rewards, weights, strict=True)), "columns": columns}
+    return frame
+
+
+def show(frame: pandas.DataFrame, console: Console) -> None:
+    """Print completions with what is known of them, under their prompts."""
+    for (step, group), rows in frame.groupby(["step", "group"], sort=False):
+        console.print(Text(f"step {step}, prompt {group}: {_one_line(rows['question'].iloc[0], 200)}", "bold"))
+        for row in rows.to_dict("records"):
+            known = [f"reward {row['reward']:z.2f}", f"advantage {row['advantage']:+z.2f}"]
+            known += [f"{row['tokens']} tokens"] if "tokens" in row else [f"{row['characters']} characters"]
+            known += ["cut off"] if row.get(CUT_OFF) else []
+            console.print(Text(f"  {', '.join(known)}", "cyan"))
+            console.print(Text(f"    {_one_line(row['text'], 600)}"))
+
+
+def _one_line(text: str, limit: int) -> str:
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= limit else f"{text[:limit]} […]"
+
+
+def main(argv: list[str]) -> int:
+    """Print what the command line asks for."""
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_launcher.rollouts", description=__doc__, formatter_class=kind, allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder: trainOutput/quickstart/1")
+    parser.add_argument("--step", type=int, help="of this step (default: the newest, or with --grep all)")
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument("--worst", metavar="N", type=int, help="the N completions of the lowest reward")
+    ends.add_argument("--best", metavar="N", type=int, help="the N completions of the highest reward")
+    parser.add_argument("--grep", metavar="TEXT", help="completions or prompts that hold TEXT, in any case")
+    args = parser.parse_args(argv)
+    try:
+        kept = list(files(args.run)) or [args.step or 0]
+        steps = [args.step] if args.step is not None else kept if args.grep else kept[-1:]
+        frame = pandas.concat([load(args.run, step) for step in steps], ignore_index=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    if args.grep:
+        texts = frame["question"] + "\n" + frame["text"]
+        frame = frame[texts.str.contains(args.grep, case=False, regex=False)]
+    if args.worst is not None or args.best is not None:
+        count = args.best if args.worst is None else args.worst
+        frame = frame.sort_values("reward", ascending=args.best is None, kind="stable").head(count)
+    console = Console(highlight=False, soft_wrap=True)
+    show(frame, console)
+    console.print(f"{len(frame)} completions of step {', '.join(map(str, steps[:1] + steps[1:][-1:]))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""What one step says of a recipe: whether its groups can teach anything, and what to change where they cannot."""
+
+import numpy as np
+import pandas
+from scipy import optimize, stats
+
+FLAT, CUT = 0.5, 0.5  # shares of groups without spread, and of completions that are cut off, above which it is told
+SAME = 1e-6  # rewards that differ by less are the same
+FIXES = {
+    "all wrong": "easier prompts, supervised fine-tuning before, or a reward that gives parts of the points",
+    "all right": "harder prompts, or a stricter reward",
+    "all cut off": "a larger max_completion_length, or prompts that ask for less",
+    "all the same": "look at the reward, which does not tell completions apart: python -m grpo_launcher.reward_check",
+}
+
+
+def verdict(frame: pandas.DataFrame, limit: int, full_marks: float) -> dict[str, str]:
+    """Judge the completions of one step.
+
+    Args:
+        frame: one row a completion: `group` (its prompt), `reward` (NaN where it was not rated), `tokens`, `cut_off`.
+        limit: max_completion_length.
+        full_marks: the reward of a completion that gets 1 from every reward function.
+
+    Returns:
+        What is wrong: a sentence with a remedy for each kind. Empty where the step can teach.
+    """
+    problems = {}
+    cut = frame["cut_off"].mean()
+    if cut > CUT:
+        problems["cut off"] = f"{cut:.0%} of the completions are cut off at {limit} tokens. {_length_needed(frame)}"
+    groups = frame.groupby("group")
+    rewards = groups["reward"].agg(["min", "max"])
+    is_flat = ~(rewards["max"] - rewards["min"] > SAME)
+    if is_flat.mean() > FLAT:
+        kinds = _kinds(frame, rewards[is_flat]["max"], groups["cut_off"].all()[is_flat], full_marks)
+        shares = (kinds.value_counts() / len(rewards)).to_dict()
+        split = ", ".join(f"{share:.0%} {kind}" for kind, share in shares.items())
+        text = f"{is_flat.mean():.0%} of {len(rewards)} groups have no spread ({split}) and teach nothing."
+        problems["no spread"] = (
+            f"{text}{_more_generations(frame, groups.size().iloc[0])} Fix: {FIXES[next(iter(shares))]}."
+        )
+    return problems
+
+
+def _kinds(frame: pandas.DataFrame, values: pandas.Series, is_cut: pandas.Series, full_marks: float) -> pandas.Series:
+    """Return why each group has no spread. `values` are the one reward of each."""
+    lowest, highest = frame["reward"].min(), frame["reward"].max()
+    if highest - lowest > SAME:
+        kinds = np.where(values <= lowest + SAME, "all wrong", np.where(values >= highest - SAME, "all right", ""))
+    else:  # every completion of the step has this one reward
+        kinds = np.where(values.abs() <= SAME, "all wrong", np.where(values >= full_marks - SAME, "all right", ""))
+    kinds = pandas.Series(kinds, index=values.index).replace("", "all the same")
+    return kinds.mask(is_cut & (kinds != "all right"), "all cut off")
+
+
+def _length_needed(frame: pandas.DataFrame) -> str:
+    """Estimate how long completions would be: a lognormal distribution of which the long ones were cut off."""
+    ended, cut = (frame["tokens"][frame["cut_off"] == is_cut].to_numpy(float) for is_cut in (False, True))
+    if len(ended) < 2 or np.ptp(ended) == 0:
+        return "Too few ended to say how many they need. Fix: double max_completion_length, or reward shorter ones."
+    shape, _, scale = stats.lognorm.fit(stats.CensoredData(uncensored=ended, right=cut), floc=0)
+    half, most = stats.lognorm.ppf([0.5, 0.9], shape, scale=scale)
+    fix = "raise max_completion_length, or reward shorter completions"
+    return f"Half would need up to {half:.0f}, and 90 % up to {most:.0f}. Fix: {fix}."
+
+
+def _more_generations(frame: pandas.DataFrame, size: int) -> str:
+    """Say how many groups twice as many completions would leave without spread, where rewards are right or wrong.
+
+    The share of right ones is taken to vary between prompts like a beta distribution.
+    """
+    rewards = frame["reward"].dropna()
+    is_right = rewards > rewards.min() + SAME
+    if rewards.nunique() != 2:
+        return ""
+    counts = is_right.groupby(frame["group"]).sum()
+    if counts.isin([0, size]).all():  # nothing says how near the others are
+        return ""
+
+    def surprise(logs: np.ndarray) -> float:
+        return -stats.betabinom.logpmf(counts, size, *np.exp(logs)).sum()
+
+    a, b = np.exp(optimize.minimize(surprise, [0.0, 0.0], bounds=[(-7, 7)] * 2).x)
+    flat = stats.betabinom.pmf([0, 2 * size], 2 * size, a, b).sum()
+    return f" With num_generations: {2 * size} about {flat:.0%} would have none."
