@@ -178,6 +178,7 @@ def watch(command: list[str], pattern: str, **options) -> dict:
             said.append(line)
             if re.search(pattern, line):
                 times.append(time.monotonic() - start)
+                print(f"{times[-1]:.1f} s: {line.strip()[:100]}", file=sys.stderr)
 
     reader = threading.Thread(target=read)
     reader.start()
