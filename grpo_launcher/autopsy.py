@@ -76,8 +76,8 @@ def correlation(frame: pandas.DataFrame, feature: str) -> dict[str, float]:
 def explained_by_length(frame: pandas.DataFrame) -> float:
     """Return how much of the differences within the groups follows from length alone, from 0 to 1.
 
-    A length predicts the mean reward of its class, of up to BINS classes of all completions. This is the squared correlation
-    of prediction and reward, both without their group's mean.
+    A length predicts the mean reward of its class, of up to BINS classes of all completions. This is the squared
+    correlation of prediction and reward, both without their group's mean.
     """
     bins = max(2, min(BINS, len(frame) // LEAST))
     classes = frame["characters"].rank(method="first").floordiv(len(frame) / bins + 1)

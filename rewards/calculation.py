@@ -163,9 +163,11 @@ def _is_right(completion, gold: str | float | None, tolerance: float) -> bool | 
     expected, actual = _gold_number(gold), last_number(last_reply(completion))
     if expected is None:
         return None
-    if actual is None:
-        return False
-    # A percent sign on one side only is a unit, or means hundredths.
+    return actual is not None and is_same_number(actual, expected, tolerance)
+
+
+def is_same_number(actual: Number, expected: Number, tolerance: float = 1e-6) -> bool:
+    """Whether two numbers are equal. A percent sign on one side only is a unit, or means hundredths."""
     scale = {(True, False): 0.01, (False, True): 100.0}.get((actual.percent, expected.percent), 1.0)
     values = (actual.value, actual.value * scale)
     return any(abs(value - expected.value) <= tolerance * abs(expected.value) for value in values)

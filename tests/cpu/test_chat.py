@@ -133,7 +133,7 @@ def test_the_page_in_a_browser(spawn):
 
 
 def test_rollouts_in_a_browser(spawn):
-    """Another step, a text to search for, an order, one prompt's completions in all steps; a new step comes by itself."""
+    """Another step, a text to search for, an order, one prompt in all steps; a new step comes by itself."""
     if not chromium():
         pytest.skip("no Chromium is on the PATH (Debian: apt-get install chromium)")
     run = Path(WHOLE)
