@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from grpo_launcher.messages import last_reply, last_user_text, words
-from grpo_launcher.runs import METRICS, label, load_run, read_metrics
+from grpo_launcher.runs import METRICS, RUN_FILE, label, load_run, read_metrics
 
 PANELS = {  # metric -> title with unit, behind the rewards
     "completions/mean_length": "length (tokens)",
@@ -46,13 +46,14 @@ STYLES = [
 HELD_OUT = {"linestyle": (0, (1, 2)), "markerfacecolor": "white"}
 CARD = Path(__file__).with_name("card.md")  # a Jinja template
 BAND = {"color": "0.88", "linewidth": 0}
+GREYS = ["0.82", "0.6", "0.7", "0.5", "0.76"]  # of the parts of a reward
 
 
 def figure(runs: list[Path]) -> Figure | None:
     """Draw one panel for each metric, over the steps; None where nothing was logged yet.
 
     Held-out figures (eval_...) stand in the panel of their training figure. For one run alone the standard deviation
-    of the rewards is shaded.
+    of the rewards is shaded, the weighted parts of a sum of rewards are stacked, and measures are dashed.
     """
     names = [label(run) for run in runs]
     names = [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
@@ -60,15 +61,19 @@ def figure(runs: list[Path]) -> Figure | None:
     panels = _panels(frames)
     if not panels:
         return None
+    weights = _weights(runs[0], frames[0]) if len(runs) == 1 else {}
+    parts = {metric: weight for metric, weight in weights.items() if weight}
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     picture = Figure(figsize=(3.7 * columns, 2.6 * rows + 0.5), layout="constrained")
     axes = picture.subplots(rows, columns, squeeze=False).flatten()
     for axis, (metric, title) in zip(axes, panels.items(), strict=False):
         for frame, style in zip(frames, itertools.cycle(STYLES)):
-            _draw(axis, frame, metric, style)
+            _draw(axis, frame, metric, style | ({"linestyle": "--"} if weights.get(metric) == 0 else {}))
             _draw(axis, frame, f"eval_{metric}", {**style, **HELD_OUT})
-        if len(runs) == 1 and metric.startswith("reward"):
+        if metric == "reward" and len(parts) > 1:
+            _stack(axis, frames[0], parts)
+        elif len(runs) == 1 and metric.startswith("reward"):
             _shade(axis, frames[0], metric, "reward_std" if metric == "reward" else metric.replace("/mean", "/std"))
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel("step")
@@ -134,6 +139,28 @@ def _shade(axis, frame: pandas.DataFrame, metric: str, spread: str) -> None:
     if {metric, spread} <= set(frame):
         rows = frame.dropna(subset=[metric, spread])
         axis.fill_between(rows.step, rows[metric] - rows[spread], rows[metric] + rows[spread], **BAND)
+
+
+def _weights(run: Path, frame: pandas.DataFrame) -> dict[str, float]:
+    """Return the weight of each reward's metric; nothing where the run's folder does not say it."""
+    rewards = [name for name in frame if re.fullmatch("rewards/[^/]+/mean", name)]
+    given = load_run(run).values.get("reward_weights") if (run / RUN_FILE).exists() else []
+    weights = [1.0] * len(rewards) if given is None else given
+    return dict(zip(rewards, weights, strict=True)) if len(rewards) == len(weights) else {}
+
+
+def _stack(axis, frame: pandas.DataFrame, parts: dict[str, float]) -> None:
+    """Shade the weighted parts of a reward on top of one another, negative ones below 0."""
+    above = below = 0.0
+    rows = frame.dropna(subset=list(parts))
+    for (metric, weight), grey in zip(parts.items(), itertools.cycle(GREYS)):
+        values = weight * rows[metric]
+        start = above + 0 * values
+        start = start.where(values > 0, below)
+        text = f"{weight:g} × {metric.split('/')[1]}"
+        axis.fill_between(rows.step, start, start + values, color=grey, linewidth=0, label=text)
+        above, below = above + values.clip(lower=0), below + values.clip(upper=0)
+    axis.legend(frameon=False, fontsize="x-small")
 
 
 # Fields that the card shows elsewhere, or that concern this machine alone.

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from matplotlib.image import imread
+from tiny_models import make_run
 
 from grpo_launcher import report
 from grpo_launcher.callbacks import print_summary
@@ -98,6 +99,23 @@ def test_standard_deviation_and_held_out_figures_are_drawn(tmp_path):
     extents = picture.axes[0].collections[0].get_paths()[0].get_extents()
     assert (extents.ymin, extents.ymax) == (-11, -5)
     assert "held out" in [text.get_text() for text in picture.legends[0].get_texts()]
+
+
+def test_parts_of_a_reward_are_stacked_and_measures_dashed(tmp_path):
+    """One panel with 2 × a and 1 × b, of which b is negative; the measure c has no part in it."""
+    make_run(tmp_path, "model", reward_funcs=["a", "b", "c"], reward_weights=[2, 1, 0])
+    lines = [
+        {"step": step, "reward": 2 * step - 1, "reward_std": 1.0}
+        | {"rewards/a/mean": step, "rewards/b/mean": -1.0, "rewards/c/mean": 0.5}
+        for step in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = {axis.get_title(): axis for axis in figure([tmp_path]).axes}
+    areas = panels["reward (weighted sum)"].collections
+    assert [area.get_label() for area in areas] == ["2 × a", "1 × b"]
+    extents = [area.get_paths()[0].get_extents().intervaly.tolist() for area in areas]
+    assert extents == [[0, 4], [-1, 0]]
+    assert panels["c"].lines[0].get_linestyle() == "--" and panels["a"].lines[0].get_linestyle() == "-"
 
 
 def test_a_run_without_any_rating_is_drawn(tmp_path):
