@@ -132,7 +132,9 @@ def examine(run: Path) -> None:
     rows = [{"feature": name, **correlation(frame, name)} for name in frame.attrs["features"]]
     rows = [row for row in rows if row["groups"]]
     print(f"What the reward has paid for, in {frame['step'].nunique()} steps:")
-    if len(parts) > 1:
+    if not rows:
+        print("  nothing: no group had spread")
+    elif len(parts) > 1:
         print("  share of the advantage: " + ", ".join(f"{name} {share:.0%}" for name, share in parts.items()))
     for row in rows:
         interval = "" if np.isnan(row["low"]) else f" ({row['low']:+.2f} to {row['high']:+.2f})"

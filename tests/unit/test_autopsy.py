@@ -78,6 +78,13 @@ def test_shares_of_the_advantage_are_those_of_the_weighted_rewards(tmp_path):
     assert shares == pytest.approx({"large": 9 / 13, "small": 4 / 13})
 
 
+def test_a_reward_that_never_differs_has_paid_for_nothing(tmp_path, capsys):
+    write(tmp_path / "flat", lambda length, step: 1.0)
+    text, found = examine(tmp_path / "flat", capsys)
+    assert "no group had spread" in text and "nan" not in text.lower()
+    assert found["length explains"] is None and found["warnings"] == []
+
+
 def test_a_run_without_completions_is_refused(tmp_path, capsys):
     assert autopsy.main([str(tmp_path)]) == EXIT_REFUSED
     assert "no completions" in capsys.readouterr().err
