@@ -173,7 +173,10 @@ class Trainer(GRPOTrainer):
     def _keep_columns(self, inputs: list[dict], completion_ids: list[list[int]]) -> None:
         """Let the file of a step have what rollouts.py shows, and the dataset's columns, which rewards need."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        columns = {rollouts.IDS: completion_ids, rollouts.CUT_OFF: [ids[-1] not in ends for ids in completion_ids]}
+        columns = {
+            rollouts.IDS: completion_ids,
+            rollouts.CUT_OFF: [bool(ids) and ids[-1] not in ends for ids in completion_ids],
+        }
         taken = {*DROPPED_COLUMNS, *TRL_KEYWORDS, *self.reward_func_names, "step", "advantage", "image", "images"}
         columns |= {name: [row[name] for row in inputs] for name in inputs[0] if name not in taken}
         for name, values in columns.items():
