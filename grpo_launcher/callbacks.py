@@ -209,7 +209,9 @@ def print_summary(folder: Path) -> None:
     changes = metric_changes(folder)
     if changes:
         print(f"{folder}, {read_metrics(folder)[-1]['step']} steps:")
-        table = pandas.DataFrame(changes, columns=["mean of", "the first three", "the last five"])
+        steps = len(read_metrics(folder))
+        columns = ["mean of", f"the first {min(3, steps)}", f"the last {min(5, steps)}"]
+        table = pandas.DataFrame(changes, columns=columns)
         print(table.to_string(index=False, float_format="{:.4g}".format), flush=True)
     for part in (overlap, resample):
         if text := part.summary(read_metrics(folder)):

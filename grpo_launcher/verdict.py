@@ -8,7 +8,7 @@ FLAT, CUT = 0.5, 0.5  # shares of groups without spread, and of completions that
 SAME = 1e-6  # rewards that differ by less are the same
 FIXES = {
     "all wrong": "easier prompts, supervised fine-tuning before, or a reward that gives parts of the points",
-    "all right": "harder prompts, or a stricter reward",
+    "all right": "harder prompts, or a reward that still tells such completions apart",
     "all cut off": "a larger max_completion_length, or prompts that ask for less",
     "all the same": "look at the reward, which does not tell completions apart: python -m grpo_launcher.reward_check",
 }
@@ -35,7 +35,9 @@ def verdict(frame: pandas.DataFrame, limit: int, full_marks: float) -> dict[str,
     if is_flat.mean() > FLAT:
         kinds = _kinds(frame, rewards[is_flat]["max"], groups["cut_off"].all()[is_flat], full_marks)
         shares = (kinds.value_counts() / len(rewards)).to_dict()
-        split = ", ".join(f"{share:.0%} {kind}" for kind, share in shares.items())
+        values = {"all wrong": frame["reward"].min(), "all right": frame["reward"].max()}
+        names = {kind: f"{kind}: reward {value:g}" for kind, value in values.items()}
+        split = ", ".join(f"{share:.0%} {names.get(kind, kind)}" for kind, share in shares.items())
         text = f"{is_flat.mean():.0%} of {len(rewards)} groups have no spread ({split}) and teach nothing."
         problems["no spread"] = (
             f"{text}{_more_generations(frame, groups.size().iloc[0])} Fix: {FIXES[next(iter(shares))]}."
