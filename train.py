@@ -85,7 +85,6 @@ def save(trainer, run: Run, is_whole: bool) -> None:
         run: the run.
         is_whole: whether it came to its end, the same on all ranks.
     """
-    from grpo_launcher import autopsy, rollouts
     from grpo_launcher.callbacks import print_summary
     from grpo_launcher.report import plot_run
 
@@ -100,14 +99,27 @@ def save(trainer, run: Run, is_whole: bool) -> None:
     if trainer.is_world_process_zero():
         plot_run(run.folder)
         print_summary(run.folder)
-        if rollouts.files(run.folder):
-            autopsy.examine(run.folder)
         plan = f" The plan said {run.planned_memory}." if run.planned_memory else ""
         print(f"A rank held up to {peak:.1f} GiB.{plan}")
         if is_whole:
             print(f"Saved {run.folder / FINAL}", flush=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    if trainer.is_world_process_zero():
+        _examine(run.folder)
+
+
+def _examine(folder: Path) -> None:
+    """Say what the reward has paid for. Nothing that happens here makes a trained run a failed one."""
+    from grpo_launcher import autopsy, rollouts
+
+    if not rollouts.files(folder):
+        return
+    report_progress(folder, "looking at what the reward has paid for")
+    try:
+        autopsy.examine(folder)
+    except Exception as error:
+        print(f"Warning: no autopsy: {error!r}. Fix: see python -m grpo_launcher.autopsy {folder}", flush=True)
 
 
 def memory_peak(accelerator) -> float:

@@ -21,7 +21,8 @@ from grpo_launcher.errors import EXIT_REFUSED, UserError
 from grpo_launcher.messages import words
 from rewards.repetition import ngram_repetition_reward
 
-STEPS = 50  # at most, evenly between the first and the newest
+STEPS, ROWS = 50, 2000  # at most, evenly between the first and the newest; and about as many completions
+READ = 1000  # characters of a completion in which repetition is looked for
 MOST = 0.5  # share of the advantage's variance above which length is said to explain it
 BINS, LEAST = 20, 10  # classes of length at most, and completions of each at least: fewer would explain chance
 SHORT_RUN = 8  # steps below which nothing is said of what rises and falls
@@ -33,14 +34,15 @@ def load(run: Path) -> pandas.DataFrame:
     kept = list(rollouts.files(run))
     if not kept:
         raise UserError(str(run), "holds no completions", "name a run of GRPO: trainOutput/quickstart/1")
-    chosen = sorted({kept[round(index)] for index in np.linspace(0, len(kept) - 1, min(STEPS, len(kept)))})
+    count = min(STEPS, len(kept), max(2, ROWS // len(rollouts.load(run, kept[-1]))))
+    chosen = sorted({kept[round(index)] for index in np.linspace(0, len(kept) - 1, count)})
     frames = [rollouts.load(run, step) for step in chosen]
     frame = pandas.concat(frames, ignore_index=True)
     frame["group"] = frame["step"] * (frame["group"].max() + 1) + frame["group"]
     features = {"length (characters)": frame["characters"]}
     if rollouts.CUT_OFF in frame:
         features["cut off"] = frame[rollouts.CUT_OFF]
-    features["repeated three words"] = -pandas.Series(ngram_repetition_reward(frame["text"].tolist(), n=3))
+    features["repeated three words"] = -pandas.Series(ngram_repetition_reward(frame["text"].str[:READ].tolist(), n=3))
     openings = frame["text"].map(lambda text: next(iter(words(text[:100])), ""))
     often = openings[openings != ""].value_counts().loc[lambda counts: counts >= OFTEN * len(frame)]
     for word in often.index[:OPENINGS]:
@@ -66,9 +68,8 @@ def correlation(frame: pandas.DataFrame, feature: str) -> dict[str, float]:
     found = {"groups": len(by_group), "correlation": by_group.mean(), "low": np.nan, "high": np.nan}
     if len(by_group) > 1 and by_group.std():
         sample = (by_group.to_numpy(),)
-        low, high = stats.bootstrap(
-            sample, np.mean, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
+        options = {"method": "percentile", "n_resamples": 2000, "rng": np.random.default_rng(0)}
+        low, high = stats.bootstrap(sample, np.mean, **options).confidence_interval
         found |= {"low": low, "high": high}
     return found
 
@@ -88,10 +89,10 @@ def explained_by_length(frame: pandas.DataFrame) -> float:
     return both["reward"].corr(both["predicted"]) ** 2
 
 
-def warnings(run: Path, frame: pandas.DataFrame) -> list[str]:
-    """Return what a person should look at, in words."""
+def warnings(run: Path, frame: pandas.DataFrame, share: float) -> list[str]:
+    """Return what a person should look at, in words. share: of explained_by_length."""
     found = []
-    if (share := explained_by_length(frame)) > MOST:
+    if share > MOST:
         found.append(
             f"Length explains {share:.0%} of the advantage. Where that is not what you want to pay for, bound the "
             "length, or take it out of the reward."
@@ -139,10 +140,11 @@ def examine(run: Path) -> None:
     for row in rows:
         interval = "" if np.isnan(row["low"]) else f" ({row['low']:+.2f} to {row['high']:+.2f})"
         print(f"  {row['feature']:24} {row['correlation']:+.2f}{interval}")
-    found = warnings(run, frame)
+    explained = explained_by_length(frame)
+    found = warnings(run, frame, explained)
     for text in found:
         print(f"Warning: {text}", flush=True)
-    content = {"shares": parts, "length explains": explained_by_length(frame), "features": rows, "warnings": found}
+    content = {"shares": parts, "length explains": explained, "features": rows, "warnings": found}
     runs.write_json(run / "autopsy.json", content)
     if rows:
         picture(rows).savefig(run / "autopsy.png", dpi=100)

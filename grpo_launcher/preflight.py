@@ -198,12 +198,16 @@ class _Check:
     def _resampling(self) -> None:
         """Refuse what would mix the rows of two generations wrongly."""
         values, fix = self.report.values, "resample_groups: 0"
-        for name in ("overlap", "dataset_streaming", "tools", "environment_factory"):
+        for name in ("overlap", "dataset_streaming", "tools", "environment_factory", "refuse_hopeless"):
             if values[name]:
                 self.refuse("resample_groups", f"it does not work together with {name}", f"leave {name} out, or {fix}")
-        if values["scale_rewards"] == "batch":
-            problem = "with scale_rewards: batch the advantages of two generations would have two scales"
-            self.refuse("resample_groups", problem, f"scale_rewards: group, or {fix}")
+        for name, value, other in (
+            ("scale_rewards", "batch", "group"),
+            ("multi_objective_aggregation", "normalize_then_sum", "sum_then_normalize"),
+        ):
+            if values[name] == value:
+                problem = f"with {name}: {value} the advantages of two generations would have two scales"
+                self.refuse("resample_groups", problem, f"{name}: {other}, or {fix}")
 
     def _full_sampling(self) -> None:
         """Refuse sampling from a part of the vocabulary, whose log-probabilities the correction would misread."""

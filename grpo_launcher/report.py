@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from grpo_launcher.messages import last_reply, last_user_text, words
-from grpo_launcher.runs import METRICS, RUN_FILE, label, load_run, read_metrics
+from grpo_launcher.runs import METRICS, RUN_FILE, label, load_run, read_metrics, reward_weights
 
 PANELS = {  # metric -> title with unit, behind the rewards
     "completions/mean_length": "length (tokens)",
@@ -144,9 +144,10 @@ def _shade(axis, frame: pandas.DataFrame, metric: str, spread: str) -> None:
 def _weights(run: Path, frame: pandas.DataFrame) -> dict[str, float]:
     """Return the weight of each reward's metric; nothing where the run's folder does not say it."""
     rewards = [name for name in frame if re.fullmatch("rewards/[^/]+/mean", name)]
-    given = load_run(run).values.get("reward_weights") if (run / RUN_FILE).exists() else []
-    weights = [1.0] * len(rewards) if given is None else given
-    return dict(zip(rewards, weights, strict=True)) if len(rewards) == len(weights) else {}
+    if not (run / RUN_FILE).exists():
+        return {}
+    weights = reward_weights(load_run(run).values)
+    return {metric: weights.get(metric.split("/")[1], 1.0) for metric in rewards}
 
 
 def _stack(axis, frame: pandas.DataFrame, parts: dict[str, float]) -> None:

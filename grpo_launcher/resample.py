@@ -39,7 +39,7 @@ def other_rows(dataset, count: int, seed: list[int], avoided: set[str], flat: se
     generator = torch.Generator().manual_seed(hash(tuple(seed)) % 2**63)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     best, second, last = [], [], []
-    for index in order[: max(count, TRIED * count)]:
+    for index in order[: TRIED * count]:
         row = dataset[index]
         key = prompt_key(row["prompt"])
         (last if key in avoided else second if key in flat else best).append(row)
@@ -50,10 +50,13 @@ def other_rows(dataset, count: int, seed: list[int], avoided: set[str], flat: se
 
 
 def rows_of(output: dict) -> list[dict]:
-    """Return the rows of all ranks, in TRL's order: what _generate_and_score_completions returns, taken apart."""
+    """Return the rows of all ranks, in TRL's order: what _generate_and_score_completions returns, taken apart.
+
+    Each row is a copy: a view would be sent with the whole tensor behind it.
+    """
     count = len(output["completion_ids"])
     columns = {name: values.cpu() for name, values in output.items() if torch.is_tensor(values) and values.ndim}
-    return gather_object([{name: values[row] for name, values in columns.items()} for row in range(count)])
+    return gather_object([{name: values[row].clone() for name, values in columns.items()} for row in range(count)])
 
 
 def joined(rows: list[dict], pad_id: int, device) -> dict[str, torch.Tensor]:

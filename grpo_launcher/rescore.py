@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -30,7 +31,9 @@ COLUMNS = ["step", "old mean", "old spread", "new mean", "new spread", "rank cor
 
 def score(frame: pandas.DataFrame, reward) -> np.ndarray:
     """Return the scores of one step's completions by a reward, NaN where it gives none."""
-    columns = {name: frame[name].tolist() for name in frame.attrs["columns"]}
+    names = dict.fromkeys(name for row in frame.attrs["rows"] for name in row)
+    columns = {name: [row.get(name) for row in frame.attrs["rows"]] for name in names}
+    columns["trainer_state"] = SimpleNamespace(global_step=int(frame["step"].iloc[0]))
     batch = {"prompts": frame["prompt"].tolist(), "completions": frame["completion"].tolist()}
     if rollouts.IDS in frame:
         batch["completion_ids"] = frame[rollouts.IDS].tolist()
@@ -138,7 +141,9 @@ def main(argv: list[str]) -> int:
     try:
         steps = list(rollouts.files(args.run))
         frame = rollouts.load(args.run, steps[-1] if steps else 0)
-        rewards = plugins.load_rewards(args.reward_funcs, args.reward_kwargs, columns=frame.attrs["columns"])
+        rewards = plugins.load_rewards(
+            args.reward_funcs, args.reward_kwargs, columns=list(frame.attrs["rows"][0]) if frame.attrs["rows"] else []
+        )
         for reward in rewards:
             name = plugins.metric_name(reward)
             if isinstance(reward, str):

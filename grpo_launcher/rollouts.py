@@ -6,6 +6,8 @@ Without --step: the newest step, or with --grep all that are kept. It works whil
 """
 
 import argparse
+import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,29 +17,37 @@ from pyarrow import parquet
 from rich.console import Console
 from rich.text import Text
 
+from grpo_launcher import runs
 from grpo_launcher.errors import EXIT_REFUSED, UserError
 from grpo_launcher.messages import last_user_text, printable, transcript
-from grpo_launcher.runs import load_run, read_metrics
 
-# Columns that the trainer adds to TRL's, which are OWN, one for each reward, and what rewards log.
+# Columns that the trainer adds to TRL's
 IDS, CUT_OFF, LOGP_DIFFERENCE, WEIGHTS_STEP = "completion_ids", "cut_off", "logp_difference", "weights_step"
-ADDED = [IDS, CUT_OFF, LOGP_DIFFERENCE, WEIGHTS_STEP]
-OWN = ["step", "prompt", "completion", "advantage"]
+ROW = "dataset_row"  # the dataset's other columns, as JSON
 
 
 def files(run: Path) -> dict[int, Path]:
-    """Return the files of a run by step, in their order."""
+    """Return the files of a run by step, in their order, without one that is being written."""
     found = sorted((run / "completions").glob("completions_*.parquet"))
-    return {int(re.findall(r"\d+", path.stem)[-1]): path for path in found}
+    return {int(re.findall(r"\d+", path.stem)[-1]): path for path in found if _is_whole(path)}
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return file.read() == b"PAR1"
+    except OSError:  # shorter than that, or just pruned
+        return False
 
 
 def prune(run: Path, keep: int) -> None:
     """Delete files until at most `keep` are left: always the one whose neighbours are nearest to each other."""
     kept = files(run)
-    while len(kept) > max(keep, 2):
+    while len(kept) > keep:
         steps = list(kept)
         gaps = [after - before for before, after in zip(steps, steps[2:], strict=False)]
-        kept.pop(steps[1 + gaps.index(min(gaps))]).unlink()
+        kept.pop(steps[1 + gaps.index(min(gaps))] if gaps else steps[0]).unlink()
 
 
 def load(run: Path, step: int) -> pandas.DataFrame:
@@ -50,7 +60,7 @@ def load(run: Path, step: int) -> pandas.DataFrame:
     Returns:
         The columns of the file, and: `group` (number of the prompt within the step), `question` and `text` (what
         people read of prompt and completion), `characters`, `tokens`, `reward` (the weighted sum of the rewards that
-        were given). frame.attrs has `weights`, by reward, and `columns`, the names of the dataset's.
+        were given). frame.attrs has `weights`, by reward, and `rows`, the dataset's columns of each row.
 
     Raises:
         UserError: the step is not kept.
@@ -58,20 +68,35 @@ def load(run: Path, step: int) -> pandas.DataFrame:
     if step not in (kept := files(run)):
         known = ", ".join(map(str, kept)) or "none"
         raise UserError("--step", f"the completions of step {step} are not kept", f"one of: {known}")
-    frame = pandas.DataFrame(parquet.read_table(kept[step]).to_pylist())  # messages as lists, and not as arrays
-    values = load_run(run).values
-    logged = {name for line in read_metrics(run) for name in line}
+    try:
+        records = parquet.read_table(kept[step]).to_pylist()  # messages as lists, and not as arrays
+    except FileNotFoundError:
+        raise UserError(
+            "--step", f"step {step} was just pruned", "choose another step, or raise keep_rollouts"
+        ) from None
+    frame = pandas.DataFrame(map(_without_empty_arguments, records))
+    values = runs.load_run(run).values
+    logged = {name for line in runs.read_metrics(run) for name in line}
     rewards = [name for name in frame if f"rewards/{name}/mean" in logged]
-    weights = values["reward_weights"] or [1.0] * len(rewards)
-    columns = [name for name in frame if name not in {*rewards, *OWN, *ADDED}]
+    weights = {name: runs.reward_weights(values).get(name, 1.0) for name in rewards}
     frame["reward"] = frame[rewards].mul(weights).sum(axis=1, min_count=1)
     frame["group"] = pandas.RangeIndex(len(frame)) // values["num_generations"]
     frame["question"], frame["text"] = frame["prompt"].map(last_user_text), frame["completion"].map(transcript)
     frame["characters"] = frame["text"].str.len()
     if IDS in frame:
         frame["tokens"] = frame[IDS].map(len)
-    frame.attrs = {"weights": dict(zip(rewards, weights, strict=True)), "columns": columns}
+    frame.attrs = {"weights": weights, "rows": list(map(json.loads, frame.get(ROW, [])))}
     return frame
+
+
+def _without_empty_arguments(record: dict) -> dict:
+    """Parquet gives every tool call the arguments of all: take away those that a call did not have."""
+    for message in record["completion"] if isinstance(record["completion"], list) else ():
+        for call in message.get("tool_calls") or ():
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, dict):
+                call["function"]["arguments"] = {name: value for name, value in arguments.items() if value is not None}
+    return record
 
 
 def show(frame: pandas.DataFrame, console: Console) -> None:
@@ -84,6 +109,14 @@ def show(frame: pandas.DataFrame, console: Console) -> None:
             known += ["cut off"] if row.get(CUT_OFF) else []
             console.print(Text(f"  {', '.join(known)}", "cyan"))
             console.print(Text(f"    {_one_line(row['text'], 600)}"))
+
+
+def _holding(frame: pandas.DataFrame, text: str | None) -> pandas.DataFrame:
+    """Return the columns that are shown, of the completions that hold a text."""
+    texts = frame["question"] + "\n" + frame["text"]
+    names = ["step", "group", "reward", "advantage", "tokens", "characters", CUT_OFF, "question", "text"]
+    shown = frame[[name for name in names if name in frame]]
+    return shown[texts.str.contains(text, case=False, regex=False)] if text else shown
 
 
 def _one_line(text: str, limit: int) -> str:
@@ -107,13 +140,10 @@ def main(argv: list[str]) -> int:
     try:
         kept = list(files(args.run)) or [args.step or 0]
         steps = [args.step] if args.step is not None else kept if args.grep else kept[-1:]
-        frame = pandas.concat([load(args.run, step) for step in steps], ignore_index=True)
+        frame = pandas.concat([_holding(load(args.run, step), args.grep) for step in steps], ignore_index=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    if args.grep:
-        texts = frame["question"] + "\n" + frame["text"]
-        frame = frame[texts.str.contains(args.grep, case=False, regex=False)]
     if args.worst is not None or args.best is not None:
         count = args.best if args.worst is None else args.worst
         frame = frame.sort_values("reward", ascending=args.best is None, kind="stable").head(count)

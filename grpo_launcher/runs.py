@@ -222,6 +222,15 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def reward_weights(values: dict) -> dict[str, float]:
+    """Return the weight of each reward of a recipe, by its name in metrics. What is not named has the weight 1."""
+    names = []
+    for name in values.get("reward_funcs") or []:
+        separator = next((mark for mark in ":/" if mark in name), ".")
+        names.append(name.rstrip("/").rpartition(separator)[2])
+    return dict(zip(names, values.get("reward_weights") or [1.0] * len(names), strict=False))
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a file of JSON. What is NaN or infinite becomes null."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)

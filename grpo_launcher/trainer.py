@@ -171,21 +171,26 @@ class Trainer(GRPOTrainer):
         return torch.where(failed, group_means.repeat_interleave(group_size, dim=0), rewards)
 
     def _keep_columns(self, inputs: list[dict], completion_ids: list[list[int]]) -> None:
-        """Let the file of a step have what rollouts.py shows, and the dataset's columns, which rewards need."""
+        """Let the file of a step have what rollouts.py shows, and the dataset's row, which rewards need."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         columns = {
             rollouts.IDS: completion_ids,
             rollouts.CUT_OFF: [bool(ids) and ids[-1] not in ends for ids in completion_ids],
         }
-        taken = {*DROPPED_COLUMNS, *TRL_KEYWORDS, *self.reward_func_names, "step", "advantage", "image", "images"}
-        columns |= {name: [row[name] for row in inputs] for name in inputs[0] if name not in taken}
+        if self.log_completions and self.mode == "train":
+            taken = {*DROPPED_COLUMNS, *TRL_KEYWORDS, "image", "images"}
+            kept = [{name: value for name, value in row.items() if name not in taken} for row in inputs]
+            # As text: a column of mixed types, or of empty dicts, does not go into a parquet file.
+            columns[rollouts.ROW] = [json.dumps(row, default=str, ensure_ascii=False) for row in kept]
         for name, values in columns.items():
             self._log_completion_extra(name, values)
 
     def _keep_difference(self, output: dict) -> None:
         """The same for what is known in the end: which weights made the block, and how server and trainer differ."""
         count = len(output["advantages"])
-        made_by = self.state.global_step - (self._metrics["train"].get(LAG) or [0])[-1]
+        lag = [(self._metrics["train"].get(LAG) or [0])[-1]]  # the main rank knows it
+        broadcast_object_list(lag)
+        made_by = self.state.global_step - lag[0]
         columns = {rollouts.WEIGHTS_STEP: [made_by] * count}
         trainer, server = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
         if trainer is not None and server is not None:
@@ -198,6 +203,8 @@ class Trainer(GRPOTrainer):
     def _judge_step(self) -> None:
         """Print what keeps this step's groups from teaching, where that is not known yet."""
         logs = self._logs
+        if len(logs["extra"][rollouts.IDS]) != len(logs["prompt"]):
+            return  # resumed within a step, from a checkpoint of an older version
         rewards = torch.tensor([logs["rewards"][name] for name in self.reward_func_names]).T  # (B, number of rewards)
         weights = self.reward_weights.cpu()
         frame = pandas.DataFrame({"reward": (rewards * weights).nansum(dim=1)})

@@ -10,6 +10,7 @@ FIXES = {
     "all wrong": "easier prompts, supervised fine-tuning before, or a reward that gives parts of the points",
     "all right": "harder prompts, or a reward that still tells such completions apart",
     "all cut off": "a larger max_completion_length, or prompts that ask for less",
+    "not rated": "see in train.log why the reward gave no rating",
     "all the same": "look at the reward, which does not tell completions apart: python -m grpo_launcher.reward_check",
 }
 
@@ -33,11 +34,10 @@ def verdict(frame: pandas.DataFrame, limit: int, full_marks: float) -> dict[str,
     rewards = groups["reward"].agg(["min", "max"])
     is_flat = ~(rewards["max"] - rewards["min"] > SAME)
     if is_flat.mean() > FLAT:
-        kinds = _kinds(frame, rewards[is_flat]["max"], groups["cut_off"].all()[is_flat], full_marks)
+        values = rewards[is_flat]["max"]
+        kinds = _kinds(frame["reward"].dropna(), values, groups["cut_off"].all()[is_flat], full_marks)
         shares = (kinds.value_counts() / len(rewards)).to_dict()
-        values = {"all wrong": frame["reward"].min(), "all right": frame["reward"].max()}
-        names = {kind: f"{kind}: reward {value:g}" for kind, value in values.items()}
-        split = ", ".join(f"{share:.0%} {names.get(kind, kind)}" for kind, share in shares.items())
+        split = ", ".join(f"{share:.0%} {kind}{_value(values[kinds == kind])}" for kind, share in shares.items())
         text = f"{is_flat.mean():.0%} of {len(rewards)} groups have no spread ({split}) and teach nothing."
         problems["no spread"] = (
             f"{text}{_more_generations(frame, groups.size().iloc[0])} Fix: {FIXES[next(iter(shares))]}."
@@ -45,15 +45,24 @@ def verdict(frame: pandas.DataFrame, limit: int, full_marks: float) -> dict[str,
     return problems
 
 
-def _kinds(frame: pandas.DataFrame, values: pandas.Series, is_cut: pandas.Series, full_marks: float) -> pandas.Series:
-    """Return why each group has no spread. `values` are the one reward of each."""
-    lowest, highest = frame["reward"].min(), frame["reward"].max()
-    if highest - lowest > SAME:
-        kinds = np.where(values <= lowest + SAME, "all wrong", np.where(values >= highest - SAME, "all right", ""))
-    else:  # every completion of the step has this one reward
-        kinds = np.where(values.abs() <= SAME, "all wrong", np.where(values >= full_marks - SAME, "all right", ""))
-    kinds = pandas.Series(kinds, index=values.index).replace("", "all the same")
-    return kinds.mask(is_cut & (kinds != "all right"), "all cut off")
+def _kinds(rated: pandas.Series, values: pandas.Series, is_cut: pandas.Series, full_marks: float) -> pandas.Series:
+    """Return why each group has no spread. `rated` are all rewards of the step, `values` the one of each group.
+
+    Right and wrong are told apart where a step's rewards are two values, or lie between 0 and full marks.
+    """
+    lowest, highest = rated.min(), rated.max()
+    if rated.nunique() != 2:
+        lowest, highest = (0.0 if lowest >= 0 else np.nan), (full_marks if highest <= full_marks + SAME else np.nan)
+    kinds = pandas.Series("all the same", index=values.index)
+    kinds = kinds.mask((values - lowest).abs() <= SAME, "all wrong").mask(
+        (values - highest).abs() <= SAME, "all right"
+    )
+    return kinds.mask(is_cut & (kinds != "all right"), "all cut off").mask(values.isna(), "not rated")
+
+
+def _value(values: pandas.Series) -> str:
+    """Return the one reward of groups that have the same."""
+    return f": reward {values.iloc[0]:g}" if values.nunique() == 1 else ""
 
 
 def _length_needed(frame: pandas.DataFrame) -> str:

@@ -130,6 +130,8 @@ def write_rollouts(folder: Path, step: int, rows: list[dict], **fields) -> None:
         make_run(folder, "no-model", **fields)
     (folder / "completions").mkdir(exist_ok=True)
     frame = pandas.DataFrame([{"step": step, "advantage": 0.0, **row} for row in rows])
+    if "reference" in frame:
+        frame["dataset_row"] = [json.dumps({"reference": text}) for text in frame.pop("reference")]
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         frame[name] = [[{"role": role, "content": text}] for text in frame[name]]
     frame.to_parquet(folder / f"completions/completions_{step:05d}.parquet")

@@ -6,8 +6,10 @@ from pathlib import Path
 import gradio as gr
 import pandas
 from matplotlib.figure import Figure
+from pyarrow import parquet
 
 from grpo_launcher import rollouts
+from grpo_launcher.messages import last_user_text
 
 COLUMNS = ["row", "group", "reward", "advantage", "tokens", "cut off", "completion", "prompt"]
 WIDTHS = {"completion": "460px", "prompt": "230px"}  # the numbers' is NARROW
@@ -36,7 +38,7 @@ class RolloutsTab:
         )  # fmt: skip
         self.prompt = gr.HTML()
         self.plot = gr.Plot(show_label=False)
-        self.last = gr.State(steps[-1])
+        self.last = gr.State(-1)  # the newest step that was drawn
         quiet = {"show_progress": "hidden"}
         self.slider.change(self.rows, self.slider, self.table, **quiet)
         self.table.select(self.across_steps, self.slider, self.prompt, **quiet)
@@ -51,7 +53,7 @@ class RolloutsTab:
             return gr.skip(), gr.skip(), gr.skip()
         value = steps[-1] if shown >= last else shown
         slider = gr.Slider(minimum=steps[0], maximum=max(steps[-1], steps[0] + 1), value=value)
-        return steps[-1], slider if steps[-1] != last else gr.skip(), histogram(self.run)
+        return (steps[-1], slider, histogram(self.run)) if steps[-1] != last else (gr.skip(), gr.skip(), gr.skip())
 
     def rows(self, step: float) -> pandas.DataFrame:
         """Return the table of the kept step that is nearest."""
@@ -72,13 +74,15 @@ class RolloutsTab:
         frame = rollouts.load(self.run, min(steps, key=lambda kept: abs(kept - step)))
         question = frame["question"][int(chosen.row_value[0])]
         cells, headings = "", ""
-        for kept in steps:
+        for kept, path in steps.items():
+            prompts = parquet.read_table(path, columns=["prompt"])["prompt"].to_pylist()
+            if question not in map(last_user_text, prompts):
+                continue
             frame = rollouts.load(self.run, kept)
             group = frame[frame["question"] == question].sort_values("reward", ascending=False)
-            if len(group):
-                headings += f"<th>step {kept}</th>"
-                texts = (f"<p><b>{row.reward:z.2f}</b> {html.escape(row.text)}</p>" for row in group.itertuples())
-                cells += f"<td style='vertical-align: top; min-width: 220px'>{''.join(texts)}</td>"
+            headings += f"<th>step {kept}</th>"
+            texts = (f"<p><b>{row.reward:z.2f}</b> {html.escape(row.text)}</p>" for row in group.itertuples())
+            cells += f"<td style='vertical-align: top; min-width: 220px'>{''.join(texts)}</td>"
         table = f"<table><tr>{headings}</tr><tr>{cells}</tr></table>"
         return f"<p>{html.escape(question)}</p><div style='overflow-x: auto'>{table}</div>"
 
@@ -88,7 +92,8 @@ def histogram(run: Path) -> Figure:
     steps = list(rollouts.files(run))
     chosen = list(dict.fromkeys([steps[0], steps[len(steps) // 2], steps[-1]]))
     rewards = {step: rollouts.load(run, step)["reward"].dropna() for step in chosen}
-    lowest, highest = (pick(pick(values) for values in rewards.values() if len(values)) for pick in (min, max))
+    rated = [values for values in rewards.values() if len(values)] or [pandas.Series([0.0])]
+    lowest, highest = (pick(map(pick, rated)) for pick in (min, max))
     figure = Figure(figsize=(11, 2.6), layout="constrained")
     axes = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
     for axis, (step, values) in zip(axes, rewards.items(), strict=True):

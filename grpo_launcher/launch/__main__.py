@@ -236,7 +236,7 @@ def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
 
 # What a resumed run may change without --force: how long it goes on, where, and what it evaluates, shows and keeps.
 FREE = ["output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "prepare", "run_name", "guards"]
-FREE += ["sample_every", "per_device_eval_batch_size", "num_generations_eval"]
+FREE += ["sample_every", "keep_rollouts", "refuse_hopeless", "per_device_eval_batch_size", "num_generations_eval"]
 FREE += ["max_restarts", "max_server_restarts", "ddp_timeout"]
 FREE += ["dataset_test_split", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"]
 FREE += ["vllm_server_host", "vllm_server_port", "vllm_server_base_url", "vllm_server_timeout", "vllm_group_port"]

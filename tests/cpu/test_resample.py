@@ -46,6 +46,7 @@ def test_two_ranks_resample_alike_and_resume_where_they_were(workplace):
     lines = read_metrics(workplace / "whole")
     for step in range(1, 7):
         kept = pandas.read_parquet(workplace / f"whole/completions/completions_{step:05d}.parquet")
+        kept["number"] = [json.loads(row)["number"] for row in kept["dataset_row"]]
         groups = kept.groupby(kept.index // 8)
         assert len(kept) == 24 and (groups["number"].nunique() == 1).all(), "12 of each rank, in groups of 8"
         assert (groups["every_fifth"].std() > 0).sum() == lines[step - 1]["resample/useful_groups"]

@@ -188,6 +188,7 @@ def test_full_fine_tuning_of_1_5_billion_weights(gpus, memory, ranks, remedies, 
 
 MADE_FOR = {  # GPUs and GiB of each for which a recipe is made -> ranks that train, and who generates
     "calculator": {(2, 24): (1, "server")},
+    "gsm8k": {(2, 48): (1, "server"), (4, 24): (3, "server")},
     "kuakua": {(1, 24): (1, "colocate"), (4, 24): (3, "server")},
     "mcq_refusal": {(2, 24): (1, "server")},
     "search_qa": {(2, 24): (1, "server")},
@@ -404,6 +405,13 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
         "--resample_groups 2 --scale_rewards batch",
         "resample_groups",
         "group",
+    ),
+    "resampling and two ends": (
+        "quickstart",
+        0,
+        "--resample_groups 2 --refuse_hopeless true",
+        "resample_groups",
+        "out",
     ),
     "resampling in SFT": (None, 0, f"{SFT} --resample_groups 2", "resample_groups", "supervised"),
     "two limits": (

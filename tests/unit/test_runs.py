@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from grpo_launcher import runs
 from grpo_launcher.config import load_config
 from grpo_launcher.errors import UserError
-from grpo_launcher.runs import Run, load_run
+from grpo_launcher.runs import Run, load_run, reward_weights
 
 
 @pytest.fixture
@@ -21,6 +21,14 @@ def work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").touch()
     return tmp_path
+
+
+def test_weights_go_by_the_names_of_metrics():
+    """An environment's reward, which no recipe names, has none here."""
+    values = {"reward_funcs": ["dir/mine.py:short", "rewards.rouge.rouge_reward", "org/Some-1.5B"]}
+    assert list(reward_weights(values).values()) == [1, 1, 1]
+    weights = reward_weights(values | {"reward_weights": [2, 0, 0.5]})
+    assert weights == {"short": 2, "rouge_reward": 0, "Some-1.5B": 0.5}
 
 
 def test_run_json_and_recipe_give_the_same_values(work):

@@ -219,6 +219,22 @@ def test_an_evaluation_leaves_the_kept_completions_alone(build, tmp_path):
         assert (trainer._logs["prompt"][-1][-1]["content"] == "Of the training.") is not stock
 
 
+def test_a_column_of_any_kind_is_kept(build, tmp_path):
+    """Of mixed types, of empty dicts; and what a reward logs under a column's name stands beside it."""
+
+    def mine(completions, log_extra, **columns):
+        log_extra("answer", ["parsed"] * len(completions))
+        return [0.0] * len(completions)
+
+    trainer = build([mine])
+    answers = [72, "3/4", None, ["1", 2]]
+    trainer._prepare_inputs([{**ROWS[0], "answer": answer, "extra_info": {}} for answer in answers])
+    trainer.log({"loss": 0.0})
+    kept = pandas.read_parquet(tmp_path / "completions/completions_00000.parquet")
+    assert [json.loads(row)["answer"] for row in kept["dataset_row"]] == answers
+    assert kept["answer"].tolist() == ["parsed"] * 4
+
+
 def test_a_measure_that_applied_nowhere_is_not_the_best(build):
     flags = ["--metric_for_best_model", "eval_rewards/a/mean", "--eval_strategy", "steps"]
     none, half = ({"eval_rewards/a/mean": value} for value in (None, 0.5))
@@ -321,7 +337,8 @@ def test_resampled_groups_cost_fewer_tokens_and_the_figures_stay_those_of_the_fi
     assert len(kept) == 32 and len({*kept["prompt"]}) == 8
     groups = kept.groupby("prompt")
     assert (groups["mine"].std() > 0).sum() == lines[-1]["resample/useful_groups"]
-    assert (kept["mine"].to_numpy() == mine(kept["completion"], kept["number"])).all(), "each row is of one piece"
+    numbers = [json.loads(row)["number"] for row in kept["dataset_row"]]
+    assert kept["mine"].tolist() == mine(kept["completion"], numbers), "each row is of one piece"
     assert groups["advantage"].mean().abs().max() < 1e-3
 
 

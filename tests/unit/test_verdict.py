@@ -28,7 +28,11 @@ WRONG, RIGHT = [[0] * 4] * 12, [[1] * 4] * 12
         (step(WRONG), ["no spread"], "100% all wrong"),
         (step(RIGHT), ["no spread"], "100% all right"),
         (step([[0.3] * 4] * 8), ["no spread"], "100% all the same"),
-        (step([[np.nan] * 4] * 8), ["no spread"], "all the same"),
+        (step([[np.nan] * 4] * 8), ["no spread"], "100% not rated"),
+        (step([[3] * 4] * 8), ["no spread"], "100% all the same: reward 3"),  # of a judge, from 0 to 10
+        (step([[9] * 4] * 8 + [[9.5, 9.6, 9.7, 9.7]]), ["no spread"], "89% all the same: reward 9"),
+        (step([[0, 0, 1.2, 0.2]] + [[0] * 4] * 4), ["no spread"], "80% all wrong: reward 0"),  # 1 and 0.2 for the form
+        (step([[-1, 1, 1, 1]] + [[-1] * 4] * 4), ["no spread"], "80% all wrong: reward -1"),
         (step(SPREAD, tokens=64, cut_off=True), ["cut off"], "100% of the completions"),
         (step(WRONG, tokens=64, cut_off=True), ["cut off", "no spread"], "all cut off"),
         (step(RIGHT, tokens=64, cut_off=True), ["cut off", "no spread"], "all right"),
