@@ -332,7 +332,9 @@ def test_resampled_groups_cost_fewer_tokens_and_the_figures_stay_those_of_the_fi
     assert stock_useful == pytest.approx(0.2 * 8 * 20, abs=8), "8 groups a step"
     assert tokens / useful < 0.6 * stock_tokens / stock_useful
     assert np.mean([line["resample/useful_groups"] for line in lines[10:]]) > 7
-    assert all(line["rewards/measure/mean"] == 1 for line in lines)
+    for line in lines:
+        assert line["rewards/measure/mean"] == 1
+        assert line["frac_reward_zero_std"] == pytest.approx(1 - line[resample.STOCK_GROUPS] / 8)
     kept = pandas.read_parquet(tmp_path / "completions/completions_00020.parquet")
     assert len(kept) == 32 and len({*kept["prompt"]}) == 8
     groups = kept.groupby("prompt")
