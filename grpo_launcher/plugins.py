@@ -179,7 +179,8 @@ def _bind_reward(name: str, options: dict, columns: list[str] | None, timeout: f
         raise UserError("reward_funcs", f"{name} takes no further keywords", fix)
     missing = set(required_columns(function)) - (set(columns or []) - DROPPED_COLUMNS)
     if columns is not None and missing:
-        problem = f"{name} needs the column {', '.join(sorted(missing))}, and the dataset has {', '.join(columns)}"
+        there = ", ".join(columns) or "no other"
+        problem = f"{name} needs the column {', '.join(sorted(missing))}, and the dataset has {there}"
         fix = "rename a column. TRL drops columns called completion or completion_ids, so call a gold text reference"
         raise UserError("reward_funcs", problem, fix)
     return _with_checked_scores(function, given, timeout)

@@ -12,8 +12,8 @@ from grpo_launcher import rollouts
 from grpo_launcher.messages import last_user_text
 
 COLUMNS = ["row", "group", "reward", "advantage", "tokens", "cut off", "completion", "prompt"]
-WIDTHS = {"completion": "460px", "prompt": "230px"}  # the numbers' is NARROW
-NARROW = "86px"
+WIDTHS = {"completion": "430px", "prompt": "190px"}  # the numbers' is NARROW
+NARROW = "98px"
 SHOWN = {"completion": 500, "prompt": 160}  # characters of a text in the table
 
 
