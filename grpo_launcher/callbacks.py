@@ -314,7 +314,7 @@ class Guards(TrainerCallback):
         """Judge a training step."""
         if self.metric not in logs or "train_runtime" in logs or self.stopped:
             return
-        reasons = _not_finite(logs)
+        reasons = _not_finite(logs, args.fp16)
         for name, message in self._exceeded(logs).items():
             if name in STOPPING or self.limits[name] is HOPELESS:
                 reasons.append(message)
@@ -359,7 +359,9 @@ class Guards(TrainerCallback):
         """
         lines = [*read_metrics(self.folder), {"step": state.global_step, **logs}]
         kl_limit = self.limits.get("kl", {})
-        bad_steps = {line["step"] for line in lines if _not_finite(line) or _out_of_range("kl", kl_limit, line)}
+        bad_steps = {
+            line["step"] for line in lines if _not_finite(line, args.fp16) or _out_of_range("kl", kl_limit, line)
+        }
         last_good = None
         for folder in checkpoints(self.folder, args.world_size):
             step = int(folder.name.split("-")[1])
@@ -375,8 +377,10 @@ class Guards(TrainerCallback):
         return last_good
 
 
-def _not_finite(logs: dict) -> list[str]:
-    return [f"{name} is {logs[name]}" for name in FINITE if not math.isfinite(logs.get(name) or 0)]
+def _not_finite(logs: dict, is_fp16: bool) -> list[str]:
+    # With fp16 the scale of the loss is sought by overflows: such a step is left out, and its gradient is infinite.
+    names = [name for name in FINITE if not (is_fp16 and name == "grad_norm")]
+    return [f"{name} is {logs[name]}" for name in names if not math.isfinite(logs.get(name) or 0)]
 
 
 def _out_of_range(name: str, limit: dict, logs: dict) -> str | None:

@@ -63,4 +63,5 @@ def hint() -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
         reason = f"{endpoint()} does not answer, or HF_HUB_OFFLINE is set"
         return f"name a local folder or file; the Hub was not asked ({reason}; {mirror})"
-    return f"name a local folder or file, or check the name; the Hub was asked at {endpoint()} ({mirror})"
+    key = "for what is gated or private accept its terms there and set HF_TOKEN"
+    return f"name a local folder or file, or check the name; {key}; the Hub was asked at {endpoint()} ({mirror})"

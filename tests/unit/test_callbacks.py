@@ -1,6 +1,7 @@
 """callbacks.py: what guards stop, mark and warn of; what a run writes and prints."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ HEALTHY = {
     "completions/clipped_ratio": 0.0,
     "frac_reward_zero_std": 0.0,
 }
-ARGS = SimpleNamespace(world_size=1)
+ARGS = SimpleNamespace(world_size=1, fp16=False)
 
 
 def watch(run, steps: list[dict], given: dict | None = None, first: int = 1) -> tuple[Guards, list[bool]]:
@@ -91,6 +92,14 @@ def test_a_figure_that_is_not_finite_stops_at_once(metric, value, tmp_path):
     guards, saved = watch(tmp_path, [{}, {metric: value}, {}])
     assert saved == [True, False] and f"{metric} is {value}" in guards.stopped
     assert json.loads((tmp_path / "stopped.json").read_text())["checkpoint"] is None
+
+
+def test_a_step_that_overflows_in_fp16_stops_nothing(tmp_path, monkeypatch):
+    """DeepSpeed and torch look for the scale of the loss that way, and leave the step out."""
+    monkeypatch.setattr(ARGS, "fp16", True)
+    guards, saved = watch(tmp_path, [{"grad_norm": math.inf}] * 2 + [{}] * 2)
+    assert not guards.stopped and all(saved)
+    assert watch(tmp_path, [{"loss": math.nan}], first=5)[0].stopped
 
 
 def test_a_few_bad_steps_stop_nothing(tmp_path):
