@@ -38,7 +38,7 @@ class RolloutsTab:
         )  # fmt: skip
         self.prompt = gr.HTML()
         self.plot = gr.Plot(show_label=False)
-        self.last = gr.State(-1)  # the newest step that was drawn
+        self.newest, self.last = steps[-1], gr.State(-1)  # as the page opened, and as the histogram was drawn
         quiet = {"show_progress": "hidden"}
         self.slider.change(self.rows, self.slider, self.table, **quiet)
         self.table.select(self.across_steps, self.slider, self.prompt, **quiet)
@@ -51,7 +51,7 @@ class RolloutsTab:
         steps = list(rollouts.files(self.run))
         if not steps:
             return gr.skip(), gr.skip(), gr.skip()
-        value = steps[-1] if shown >= last else shown
+        value = steps[-1] if shown >= max(last, self.newest) else shown
         slider = gr.Slider(minimum=steps[0], maximum=max(steps[-1], steps[0] + 1), value=value)
         return (steps[-1], slider, histogram(self.run)) if steps[-1] != last else (gr.skip(), gr.skip(), gr.skip())
 

@@ -97,7 +97,8 @@ def test_rollouts_by_step_and_by_prompt(tmp_path):
     shown = made.across_steps(9, SimpleNamespace(row_value=[2]))
     places = [shown.index(text) for text in ("step 2", "step 9", "Reply 3 of 2", "Reply 2 of 2", "Reply 3 of 9")]
     assert places == sorted(places) and "Reply 0" not in shown and "<b>Reply" not in shown
-    newest, slider, figure = made.look(2, 2)
+    assert made.look(-1, 2)[1].value == 2, "nor does the first look move who was quicker"
+    newest, slider, figure = made.look(2, 9)
     assert newest == 9 and slider.value == 9 and len(figure.axes) == 2
     write_rollouts(run, 12, rows)
     assert made.look(9, 2)[1].value == 2, "who looks at an older step stays there"
