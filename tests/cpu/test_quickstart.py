@@ -100,13 +100,14 @@ def test_the_run_folder_is_whole(run):
 
 
 def test_the_console_shows_the_run(run):
-    """A line a step, samples and a table. No warning, and no flood of library messages."""
+    """A line a step, samples and a table. One warning, of what the reward pays for; no flood of library messages."""
     text = run.text()
     assert "quickstart.yaml" in text
     assert text.count("  reward ") >= 20 and "step 20/20" in text and "0:00 left" in text
     assert text.count("sample at step") == 5
     assert "Saved trainOutput/quickstart/1/final-checkpoint" in text
-    assert "Warning" not in text and len(text.splitlines()) < 160
+    assert text.count("Warning") == 1 and "\nWarning: Length explains" in text
+    assert "Verdict" not in text and len(text.splitlines()) < 160
 
 
 def test_the_plan_knew_the_memory(run):
