@@ -34,9 +34,10 @@ def load(run: Path) -> pandas.DataFrame:
     kept = list(rollouts.files(run))
     if not kept:
         raise UserError(str(run), "holds no completions", "name a run of GRPO: trainOutput/quickstart/1")
-    count = min(STEPS, len(kept), max(2, ROWS // len(rollouts.load(run, kept[-1]))))
+    newest = rollouts.load(run, kept[-1])
+    count = min(STEPS, len(kept), max(2, ROWS // len(newest)))
     chosen = sorted({kept[round(index)] for index in np.linspace(0, len(kept) - 1, count)})
-    frames = [rollouts.load(run, step) for step in chosen]
+    frames = [*(rollouts.load(run, step) for step in chosen[:-1]), newest]
     frame = pandas.concat(frames, ignore_index=True)
     frame["group"] = frame["step"] * (frame["group"].max() + 1) + frame["group"]
     features = {"length (characters)": frame["characters"]}
@@ -48,7 +49,7 @@ def load(run: Path) -> pandas.DataFrame:
     for word in often.index[:OPENINGS]:
         features[f"begins with “{word}”"] = openings == word
     frame = frame.assign(**{name: values.astype(float) for name, values in features.items()})
-    frame.attrs = {"weights": frames[-1].attrs["weights"], "features": list(features)}
+    frame.attrs = {"weights": newest.attrs["weights"], "features": list(features)}
     return frame
 
 

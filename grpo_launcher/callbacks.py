@@ -206,15 +206,14 @@ def metric_changes(folder: Path) -> list[tuple[str, float, float]]:
 
 def print_summary(folder: Path) -> None:
     """Print a table of what changed between the first steps and the last."""
-    changes = metric_changes(folder)
+    changes, lines = metric_changes(folder), read_metrics(folder)
     if changes:
-        print(f"{folder}, {read_metrics(folder)[-1]['step']} steps:")
-        steps = len(read_metrics(folder))
-        columns = ["mean of", f"the first {min(3, steps)}", f"the last {min(5, steps)}"]
+        print(f"{folder}, {lines[-1]['step']} steps:")
+        columns = ["mean of", f"the first {min(3, len(lines))}", f"the last {min(5, len(lines))}"]
         table = pandas.DataFrame(changes, columns=columns)
         print(table.to_string(index=False, float_format="{:.4g}".format), flush=True)
     for part in (overlap, resample):
-        if text := part.summary(read_metrics(folder)):
+        if text := part.summary(lines):
             print(text)
 
 

@@ -3,7 +3,7 @@
 DAPO's dynamic sampling (arXiv 2503.14476), for TRL's GRPOTrainer, which has none (trl#3708, trl#7242). With
 `resample_groups: N` up to N further generations follow in a step, each as large as what is missing. All ranks see the
 rows of all, so that each ends with as many as without. Which prompts had no spread is remembered: they are asked again
-in their turn, but not in place of another.
+in their turn, and in place of another only where too few others are left.
 """
 
 import hashlib

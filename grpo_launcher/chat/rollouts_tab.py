@@ -49,18 +49,21 @@ class RolloutsTab:
     def look(self, last: int, shown: int) -> tuple:
         """Take up new steps. The slider goes with them where it stood at the newest."""
         steps = list(rollouts.files(self.run))
-        if not steps:
+        if not steps or steps[-1] == last:
             return gr.skip(), gr.skip(), gr.skip()
         value = steps[-1] if shown >= max(last, self.newest) else shown
         slider = gr.Slider(minimum=steps[0], maximum=max(steps[-1], steps[0] + 1), value=value)
-        return (steps[-1], slider, histogram(self.run)) if steps[-1] != last else (gr.skip(), gr.skip(), gr.skip())
+        return steps[-1], slider, histogram(self.run)
+
+    def _nearest(self, step: float) -> pandas.DataFrame:
+        """Return the completions of the kept step that is nearest."""
+        return rollouts.load(self.run, min(rollouts.files(self.run), key=lambda kept: abs(kept - step)))
 
     def rows(self, step: float) -> pandas.DataFrame:
         """Return the table of the kept step that is nearest."""
-        steps = list(rollouts.files(self.run))
-        if not steps:
+        if not rollouts.files(self.run):
             return pandas.DataFrame(columns=COLUMNS)
-        frame = rollouts.load(self.run, min(steps, key=lambda kept: abs(kept - step)))
+        frame = self._nearest(step)
         frame = frame.assign(row=range(len(frame)), prompt=frame["question"], completion=frame["text"])
         frame["cut off"] = frame.get(rollouts.CUT_OFF)
         frame["tokens"] = frame.get("tokens", frame["characters"])
@@ -70,11 +73,9 @@ class RolloutsTab:
 
     def across_steps(self, step: float, chosen: gr.SelectData) -> str:
         """Return the completions of a row's prompt in each step that asked it, side by side."""
-        steps = rollouts.files(self.run)
-        frame = rollouts.load(self.run, min(steps, key=lambda kept: abs(kept - step)))
-        question = frame["question"][int(chosen.row_value[0])]
+        question = self._nearest(step)["question"][int(chosen.row_value[0])]
         cells, headings = "", ""
-        for kept, path in steps.items():
+        for kept, path in rollouts.files(self.run).items():
             prompts = parquet.read_table(path, columns=["prompt"])["prompt"].to_pylist()
             if question not in map(last_user_text, prompts):
                 continue
