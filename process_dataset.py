@@ -14,8 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from grpo_launcher.console import exit_status
 from grpo_launcher.datasets import NAMES, Request, process
-from grpo_launcher.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -50,12 +50,7 @@ def main(argv: list[str]) -> int:
         help="text before each article, such as 'summarize: ' or '': prompts are plain text, for T5 and BART "
         "(default: chat messages)",
     )
-    try:
-        process(Request(**vars(parser.parse_args(argv))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(process, Request(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import warnings
 from pathlib import Path
 
 from grpo_launcher import hub
-from grpo_launcher.errors import EXIT_GUARD, EXIT_REFUSED, UserError
+from grpo_launcher.console import exit_status
+from grpo_launcher.errors import EXIT_GUARD
 from grpo_launcher.launch.processes import let_stacks_be_read
 from grpo_launcher.runs import FINAL, Run, load_run, report_progress
 
@@ -139,11 +140,7 @@ def run(argv: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     let_stacks_be_read()
     hub.use_cache_if_unreachable()
-    try:
-        status = main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = EXIT_REFUSED
+    status = exit_status(main, argv)
     if "LOCAL_RANK" not in os.environ:
         sys.exit(status)
     # All that sys.exit would do but for the C++ destructors, in which gloo's threads may abort (pytorch#179291).

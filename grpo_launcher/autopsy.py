@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from grpo_launcher import rollouts, runs
-from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.console import exit_status
+from grpo_launcher.errors import UserError
 from grpo_launcher.messages import words
 from rewards.repetition import ngram_repetition_reward
 
@@ -149,6 +150,7 @@ def examine(run: Path) -> None:
     runs.write_json(run / "autopsy.json", content)
     if rows:
         picture(rows).savefig(run / "autopsy.png", dpi=100)
+    print(f"Wrote {run / 'autopsy.json'}" + (" and autopsy.png" if rows else ""))
 
 
 def main(argv: list[str]) -> int:
@@ -157,13 +159,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo_launcher.autopsy", description=__doc__, formatter_class=kind)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder: trainOutput/quickstart/1")
     args = parser.parse_args(argv)
-    try:
-        examine(args.run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    print(f"Wrote {args.run / 'autopsy.json'} and autopsy.png")
-    return 0
+    return exit_status(examine, args.run)
 
 
 if __name__ == "__main__":

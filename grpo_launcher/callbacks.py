@@ -34,18 +34,18 @@ console = Console(highlight=False)
 
 # Figures of the console line: metric, label, format.
 GRPO_COLUMNS = [
-    ("reward", "reward", "{:+.2f}"),
-    ("completions/mean_length", "length", "{:.0f} tokens"),
+    ("reward", "reward", "{:+8.2f}"),
+    ("completions/mean_length", "length", "{:4.0f} tokens"),
     ("tools/call_frequency", "calls", "{:.2f}"),
-    ("tools/failure_frequency", "failed", "{:.0%}"),
+    ("tools/failure_frequency", "failed", "{:4.0%}"),
     ("kl", "kl", "{:.3f}"),
     ("entropy", "entropy", "{:.2f}"),
-    ("step_time", "", "{:.1f} s"),
+    ("step_time", "", "{:5.1f} s"),
 ]
 SFT_COLUMNS = [
-    ("loss", "loss", "{:.3f}"),
-    ("mean_token_accuracy", "token accuracy", "{:.0%}"),
-    ("grad_norm", "gradient norm", "{:.2f}"),
+    ("loss", "loss", "{:7.3f}"),
+    ("mean_token_accuracy", "token accuracy", "{:4.0%}"),
+    ("grad_norm", "gradient norm", "{:6.2f}"),
 ]
 REWARD_MEAN = re.compile("(eval_)?rewards/.+/mean")
 # Figures of the summary, behind the rewards.
@@ -117,7 +117,7 @@ class RunLog(TrainerCallback):
 
     def _step_line(self, state, logs: dict) -> str:
         shown = [(label, form.format(logs[name])) for name, label, form in self.columns if logs.get(name) is not None]
-        figures = "  ".join(f"{label} {value}".strip() for label, value in shown)
+        figures = "  ".join(f"{label} {value}" if label else value for label, value in shown)
         seconds_per_step = (time.monotonic() - self.start_time) / max(1, state.global_step - self.start_step)
         left = datetime.timedelta(seconds=round((state.max_steps - state.global_step) * seconds_per_step))
         width = len(str(state.max_steps))

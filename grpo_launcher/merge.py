@@ -9,7 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpo_launcher.errors import EXIT_REFUSED, UserError, first_line
+from grpo_launcher.console import exit_status
+from grpo_launcher.errors import UserError, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 MERGED = "merged"
@@ -69,8 +70,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_REFUSED)
+    sys.exit(exit_status(main, sys.argv[1:]))

@@ -21,7 +21,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from grpo_launcher import plugins, rollouts, runs
-from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.console import exit_status
+from grpo_launcher.errors import UserError
 from grpo_launcher.messages import printable
 from grpo_launcher.render import make_console
 
@@ -127,8 +128,8 @@ def rescore(run: Path, name: str, reward, console) -> None:
     console.print(f"Wrote {stem}.json and {stem}.png")
 
 
-def main(argv: list[str]) -> int:
-    """Score by the rewards that the command line names."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m grpo_launcher.rescore", description=__doc__, formatter_class=kind, allow_abbrev=False
@@ -137,27 +138,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--reward_funcs", metavar="NAME", nargs="+", required=True, help="as in a recipe")
     parser.add_argument("--reward_kwargs", metavar="JSON", type=json.loads, help='as in a recipe: {"new": {"n": 1}}')
     parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier time")
-    args = parser.parse_args(argv)
-    try:
-        steps = list(rollouts.files(args.run))
-        frame = rollouts.load(args.run, steps[-1] if steps else 0)
-        rewards = plugins.load_rewards(
-            args.reward_funcs, args.reward_kwargs, columns=list(frame.attrs["rows"][0]) if frame.attrs["rows"] else []
-        )
-        for reward in rewards:
-            name = plugins.metric_name(reward)
-            if isinstance(reward, str):
-                raise UserError(
-                    "--reward_funcs", f"{reward} is a reward model", "name a function: only a run loads models"
-                )
-            if (args.run / f"rescore-{name}.json").exists() and not args.overwrite:
-                raise UserError("--reward_funcs", f"rescore-{name}.json exists in the run's folder", "add --overwrite")
-        for reward in rewards:
-            rescore(args.run, plugins.metric_name(reward), reward, make_console())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    return 0
+    return parser.parse_args(argv)
+
+
+def rescore_all(args: argparse.Namespace) -> None:
+    """Score by the rewards that the command line names. All are checked before the first is used."""
+    steps = list(rollouts.files(args.run))
+    rows = rollouts.load(args.run, steps[-1] if steps else 0).attrs["rows"]
+    rewards = plugins.load_rewards(args.reward_funcs, args.reward_kwargs, columns=list(rows[0]) if rows else [])
+    for reward in rewards:
+        name = plugins.metric_name(reward)
+        if isinstance(reward, str):
+            raise UserError("--reward_funcs", f"{reward} is a reward model", "name a function: models need a run")
+        if (args.run / f"rescore-{name}.json").exists() and not args.overwrite:
+            raise UserError("--reward_funcs", f"rescore-{name}.json exists in the run's folder", "add --overwrite")
+    for reward in rewards:
+        rescore(args.run, plugins.metric_name(reward), reward, make_console())
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line."""
+    return exit_status(rescore_all, parse(argv))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+from grpo_launcher.console import exit_status
 from grpo_launcher.errors import UserError, did_you_mean, first_line
 
 # (prompt, completion): several completions of a prompt, a short, an empty and an odd one.
@@ -216,15 +217,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, list], dict]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    args, columns, options = parse(sys.argv[1:] if argv is None else argv)
+    return exit_status(run, *parse(sys.argv[1:] if argv is None else argv))
+
+
+def run(args: argparse.Namespace, columns: dict[str, list], options: dict) -> int:
+    """Do what the command line asks for. Returns 1 where a reward failed."""
     if args.command == "list":
         show_list()
         return 0
-    try:
-        rewards = load(args.names, options, columns)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rewards = load(args.names, options, columns)
     if args.command == "try":
         logged = []
         (value,) = score(rewards[0], [(args.prompt, args.text)], columns, "chat", logged)

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from grpo_launcher import runs
-from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.console import exit_status
+from grpo_launcher.errors import UserError
 from grpo_launcher.messages import last_user_text, printable, transcript
 
 # Columns that the trainer adds to TRL's
@@ -124,8 +125,8 @@ def _one_line(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} […]"
 
 
-def main(argv: list[str]) -> int:
-    """Print what the command line asks for."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m grpo_launcher.rollouts", description=__doc__, formatter_class=kind, allow_abbrev=False
@@ -136,21 +137,25 @@ def main(argv: list[str]) -> int:
     ends.add_argument("--worst", metavar="N", type=int, help="the N completions of the lowest reward")
     ends.add_argument("--best", metavar="N", type=int, help="the N completions of the highest reward")
     parser.add_argument("--grep", metavar="TEXT", help="completions or prompts that hold TEXT, in any case")
-    args = parser.parse_args(argv)
-    try:
-        kept = list(files(args.run)) or [args.step or 0]
-        steps = [args.step] if args.step is not None else kept if args.grep else kept[-1:]
-        frame = pandas.concat([_holding(load(args.run, step), args.grep) for step in steps], ignore_index=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED
+    return parser.parse_args(argv)
+
+
+def print_completions(args: argparse.Namespace) -> None:
+    """Print what the command line asks for."""
+    kept = list(files(args.run)) or [args.step or 0]
+    steps = [args.step] if args.step is not None else kept if args.grep else kept[-1:]
+    frame = pandas.concat([_holding(load(args.run, step), args.grep) for step in steps], ignore_index=True)
     if args.worst is not None or args.best is not None:
         count = args.best if args.worst is None else args.worst
         frame = frame.sort_values("reward", ascending=args.best is None, kind="stable").head(count)
     console = Console(highlight=False, soft_wrap=True)
     show(frame, console)
     console.print(f"{len(frame)} completions of step {', '.join(map(str, steps[:1] + steps[1:][-1:]))}")
-    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line."""
+    return exit_status(print_completions, parse(argv))
 
 
 if __name__ == "__main__":

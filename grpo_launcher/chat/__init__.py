@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from grpo_launcher import hub
-from grpo_launcher.errors import EXIT_REFUSED, UserError
+from grpo_launcher.console import exit_status
 from grpo_launcher.runs import expand_home
 
 EXIT_INTERRUPTED = 130
@@ -34,10 +34,7 @@ def run_command(command: Callable, args) -> int:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        return command(argparse.Namespace(**expand_home(vars(args))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED
+        return exit_status(command, argparse.Namespace(**expand_home(vars(args))))
     except KeyboardInterrupt:
         print("Stopped. Completions so far are kept: the same command goes on from there.", file=sys.stderr)
         return EXIT_INTERRUPTED

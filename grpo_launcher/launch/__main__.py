@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from grpo_launcher import hub, runs
+from grpo_launcher.console import coloured, print_errors
 from grpo_launcher.errors import EXIT_LOST, EXIT_REFUSED, UserError, first_line
 from grpo_launcher.launch import commands, doctor
 from grpo_launcher.launch.arguments import named_fields, parse
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
         with catching_signals():
             return launch(options, flags)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_errors(error)
         return EXIT_REFUSED
     except Stopped as signal:
         print("\nStopped. No process is left.", *getattr(signal, "__notes__", []), file=sys.stderr)
@@ -76,7 +77,7 @@ def launch(options, flags: list[str]) -> int:
     if not options.serve:
         _print_plan(report, node)
     if errors := [*report.problems, *([] if options.dry_run else report.missing)]:
-        print("\n".join(f"error: {line}" for line in errors), file=sys.stderr)
+        print_errors(*errors)
         return EXIT_REFUSED
     if options.serve:
         return _serve(report, hardware, options.dry_run)
@@ -330,7 +331,8 @@ def _write_run(
     run.write()
     accelerate = commands.accelerate_config(values, layout, node)
     (folder / runs.ACCELERATE_FILE).write_text(yaml.safe_dump(accelerate), encoding="utf-8")
-    print(f"Run: {folder}" + (f", from {checkpoint.name}" if checkpoint else ""), flush=True)
+    source = f", from {checkpoint.name}" if checkpoint else ""
+    print(coloured(f"Run: {folder}{source}", sys.stdout), flush=True)
     return run
 
 
@@ -360,7 +362,8 @@ def _download(model: str, revision: str | None) -> None:
 
 
 def _print_plan(report: Report, node: commands.Node) -> None:
-    print(f"Plan for {report.name}: {report.layout.describe() if report.layout else 'none'}")
+    title = f"Plan for {report.name}: {report.layout.describe() if report.layout else 'none'}"
+    print(coloured(title, sys.stdout))
     for line in report.lines:
         print(f"  {line}")
     for line in commands.describe_ports(report.values, report.layout, node) if report.layout else []:

@@ -70,15 +70,22 @@ def first_term(act: Callable[[], bool]) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def start(command: list[str], env: dict[str, str] | None = None, **streams) -> subprocess.Popen:
+def start(
+    command: list[str],
+    env: dict[str, str] | None = None,
+    undertaker: subprocess.Popen | None = None,
+    **streams,
+) -> subprocess.Popen:
     """Start a command in a session of its own, so that Ctrl-C reaches it through `stop` alone.
 
-    It gets TERM when this process dies.
+    It gets TERM when this process dies, and the undertaker hears of it before it can do anything.
     """
 
     def die_with_parent():
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         let_stacks_be_read()
+        if undertaker:
+            os.write(undertaker.stdin.fileno(), f"{os.getpid()}\n".encode())
 
     streams = {"stdin": subprocess.DEVNULL} | streams
     env = os.environ | (env or {})
@@ -102,12 +109,6 @@ def start_undertaker(folder: str) -> subprocess.Popen:
     script += f'sleep {GRACE:.0f}; kill -KILL -- "$@"; rm -rf -- "$0"'
     streams = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(["bash", "-c", script, folder], start_new_session=True, **streams)
-
-
-def watch_over(undertaker: subprocess.Popen, child: subprocess.Popen) -> None:
-    """Tell the undertaker of a child."""
-    undertaker.stdin.write(f"{child.pid}\n".encode())
-    undertaker.stdin.flush()
 
 
 def stop(child: subprocess.Popen) -> None:

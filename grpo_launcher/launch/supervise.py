@@ -16,9 +16,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from grpo_launcher.console import coloured
 from grpo_launcher.errors import EXIT_GUARD, EXIT_LOST, EXIT_RESUME
 from grpo_launcher.launch.hardware import GIB, cgroup
-from grpo_launcher.launch.processes import descendants, first_term, start, start_undertaker, stop, watch_over
+from grpo_launcher.launch.processes import descendants, first_term, start, start_undertaker, stop
 from grpo_launcher.launch.stuck import LOOK, Deadline, Generation, read_progress, vllm_load, write_stacks
 from grpo_launcher.runs import END_REQUEST, PROGRESS, STOPPED, Run
 
@@ -61,8 +62,7 @@ def supervise(run: Run, server_url: str | None, server_timeout: float) -> int:
     def start_child(name: str, **streams) -> subprocess.Popen:
         command = run.commands[name]
         env = command["env"] | ({"GRPO_SHARED_MEMORY": shared.name} if name == "trainer" else {})
-        children[name] = start(command["argv"], env, **streams)
-        watch_over(undertaker, children[name])
+        children[name] = start(command["argv"], env, undertaker, **streams)
         return children[name]
 
     with (
@@ -289,7 +289,7 @@ class Screen:
         with self.lock, suppress(OSError, ValueError):
             clear = "\r\033[K" if self.has_status or status else ""
             self.has_status = bool(status)
-            print(f"{clear}{text}{status}", end="", flush=True)
+            print(f"{clear}{coloured(text, sys.stdout)}{status}", end="", flush=True)
 
     def show(self, text: str) -> None:
         """Print lines of the run: the silence is over."""

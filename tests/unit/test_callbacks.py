@@ -182,11 +182,25 @@ def test_a_line_a_step_and_metrics_go_on_behind_a_resumed_checkpoint(tmp_path, c
     log.on_log(ARGS, state, None, logs={"train_runtime": 1.0, "reward": 1.0})
     assert [line["step"] for line in read_metrics(tmp_path)] == [3, 5, 5]
     step_line, evaluation = capsys.readouterr().out.splitlines()
-    assert step_line.startswith("step  5/20  reward -50.00  length 72 tokens  kl 0.100  entropy 0.50  3.2 s  0:0")
+    assert step_line.startswith(
+        "step  5/20  reward   -50.00  length   72 tokens  kl 0.100  entropy 0.50    3.2 s  0:0"
+    )
     assert evaluation == "evaluation at step 5:  reward -3.000  a +0.500"
     state.best_model_checkpoint = str(tmp_path / "checkpoint-5")
     log.on_save(ARGS, state, None)
     assert (tmp_path / "best-checkpoint").readlink().name == "checkpoint-5"
+
+
+def test_the_figures_of_all_steps_stand_below_each_other(tmp_path, capsys):
+    log, state = RunLog(tmp_path), TrainerState(is_world_process_zero=True, max_steps=120, global_step=0)
+    log.on_train_begin(ARGS, state, None)
+    for step, reward, length, seconds in ((1, -112.09, 9, 9.2), (20, 0.5, 72.4, 10.1), (120, 1004.0, 1024, 131.0)):
+        state.global_step = step
+        logs = {"reward": reward, "completions/mean_length": length, "tools/failure_frequency": step / 120}
+        log.on_log(ARGS, state, None, logs=logs | {"step_time": seconds})
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len({line.index("tokens") for line in lines}) == len({line.index("left") for line in lines}) == 1
 
 
 def test_the_micro_batches_of_a_step_are_told(tmp_path):
@@ -210,7 +224,7 @@ def test_a_supervised_run_prints_its_loss(tmp_path, capsys):
     log.on_log(ARGS, state, None, logs={"loss": 2.5, "grad_norm": 1.0, "mean_token_accuracy": 0.5})
     log.on_log(ARGS, state, None, logs={"eval_loss": 2.25})
     output = capsys.readouterr().out
-    assert "step 1/9  loss 2.500  token accuracy 50%  gradient norm 1.00" in output
+    assert "step 1/9  loss   2.500  token accuracy  50%  gradient norm   1.00" in output
     assert "evaluation at step 1:  loss +2.250" in output
 
 

@@ -646,6 +646,25 @@ def test_a_killed_launcher_takes_all_with_it(stage, start):
     assert launched.leftovers(patience=30) == []
 
 
+KILLED_AT_ONCE = """
+import os, pathlib, signal, sys
+from grpo_launcher.launch import processes
+processes.GRACE = 1
+undertaker = processes.start_undertaker("weights")
+processes.start(["bash", "-c", "sleep 300 & touch started; wait"], undertaker=undertaker)
+while not os.path.exists("started"):
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_launcher_that_is_killed_right_behind_a_start_leaves_nothing(tmp_path):
+    """The undertaker knows of a child before the child runs, and so of what the child starts."""
+    launched = Launch(tmp_path, command=[sys.executable, "-c", KILLED_AT_ONCE])
+    assert launched.process.wait(60) == -signal.SIGKILL
+    assert launched.leftovers(patience=30) == []
+
+
 def test_a_run_under_nohup_goes_on_without_its_terminal(start):
     launched = start("training", "nohup")
     os.kill(launched.process.pid, signal.SIGHUP)

@@ -499,7 +499,7 @@ def test_an_environment_rates_its_completions_in_a_run(build, tmp_path, capsys):
     trainer.train()
     (line,) = read_metrics(tmp_path)
     assert line["rewards/Game/mean"] == line["reward"] == 1.0 and line["rewards/Game/failed"] == 0
-    assert "step 1/1  reward +1.00" in capsys.readouterr().out
+    assert "step 1/1  reward    +1.00" in capsys.readouterr().out
 
 
 # What build_trainer builds
