@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 from grpo_launcher import hub
@@ -22,22 +23,28 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 def main(argv: list[str]) -> int:
     """Train and save. Returns EXIT_GUARD where a guard stopped the run, else 0."""
-    from grpo_launcher.slow_imports import skip_deepspeed_ops, skip_vllm
+    from grpo_launcher.slow_imports import skip_bitsandbytes, skip_deepspeed_ops, skip_vllm
 
     skip_deepspeed_ops()
-    from grpo_launcher import plugins
-    from grpo_launcher.callbacks import EndOnRequest, Guards, RunLog, guard_limits
-    from grpo_launcher.config import build_dataclasses, sends_files
-    from grpo_launcher.data import load_for_training, load_tokenizer
-    from grpo_launcher.layout import server_dtype
-    from grpo_launcher.standalone import check_recipe
+    if argv[:1] == ["--run"]:
+        run = load_run(Path(argv[1]))
+    else:
+        from grpo_launcher.standalone import check_recipe
 
-    run = load_run(Path(argv[1])) if argv[:1] == ["--run"] else check_recipe(argv)
+        run = check_recipe(argv)
     run.folder = Path(run.values["output_dir"])  # of all nodes; each has its own part of it for logs
-    recipe, args, model_args = build_dataclasses(run.values)
-    if not run.values["use_vllm"] or sends_files(recipe, args):
-        skip_vllm()
-    from grpo_launcher.trainer import build_trainer
+    is_quantised = run.values["load_in_4bit"] or run.values["load_in_8bit"]
+    with nullcontext() if is_quantised else skip_bitsandbytes():
+        from grpo_launcher import plugins
+        from grpo_launcher.callbacks import EndOnRequest, Guards, RunLog, guard_limits
+        from grpo_launcher.config import build_dataclasses, sends_files
+        from grpo_launcher.data import load_for_training, load_tokenizer
+        from grpo_launcher.layout import server_dtype
+
+        recipe, args, model_args = build_dataclasses(run.values)
+        if not run.values["use_vllm"] or sends_files(recipe, args):
+            skip_vllm()
+        from grpo_launcher.trainer import build_trainer
 
     is_sft = recipe.method == "sft"
     if args.process_index == 0:

@@ -126,7 +126,7 @@ def check_memory(
     device, others = _device(values, layout, hardware, load)
     parts, needed = load.parts(), load.total()
     detail = " + ".join(f"{name} {gib:.2g}" for name, gib in parts.items())
-    line = f"memory: {model.parameters / 1e6:,.1f} million parameters (from {model.source}); a rank {detail}"
+    line = f"memory: {model.parameters / 1e6:,.1f} million parameters (from {model.source}); each rank: {detail}"
     line += "" if has_gpu else ", and 5 % for gaps"
     line += f" = {needed:.3g} of {device:.1f} GiB" + ("" if model.row_activations else ", and activations beside it")
     line += f"; {others}" if others else ""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from types import ModuleType
 
-from grpo_launcher.errors import UserError, did_you_mean, first_line
+from grpo_launcher.errors import UserError, closest_match, did_you_mean, first_line
 
 # Columns of a row that TRL keeps from every reward.
 DROPPED_COLUMNS = {"prompt", "completion", "completion_ids"}
@@ -117,7 +117,9 @@ def load_rewards(
                 "reward_funcs", f"two rewards are called {name} and would share one metric", "rename one of them"
             )
     for name in options:
-        raise UserError("reward_kwargs", f"{name} is none of the rewards in reward_funcs", did_you_mean(name, names))
+        match = closest_match(name, names)
+        fix = f"did you mean {match}?" if match else "take it out: --reward_kwargs '{}' replaces those of the recipe"
+        raise UserError("reward_kwargs", f"{name} is none of the rewards in reward_funcs", fix)
     if weights is not None and len(weights) != len(rewards):
         raise UserError(
             "reward_weights",

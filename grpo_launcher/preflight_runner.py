@@ -14,11 +14,9 @@ from grpo_launcher.layout import Gpu, Hardware, Layout, Options
 PROJECT = Path(__file__).resolve().parent.parent
 # They tell a process that it is one of several ranks.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# peft imports bitsandbytes where it finds it, which takes a quarter of the preflight's time. Nothing is quantised.
-CHILD = """import sys
-sys.modules["bitsandbytes"] = None
-from grpo_launcher.preflight import main
-del sys.modules["bitsandbytes"]
+CHILD = """from grpo_launcher.slow_imports import skip_bitsandbytes
+with skip_bitsandbytes():
+    from grpo_launcher.preflight import main
 main()"""
 
 

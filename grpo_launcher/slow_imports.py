@@ -1,6 +1,9 @@
-"""What a training rank need not load."""
+"""What a training rank and the preflight need not load."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def skip_deepspeed_ops() -> None:
@@ -12,6 +15,19 @@ def skip_deepspeed_ops() -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__ = {}  # looked up by this name at the first use, and kept
+
+
+@contextmanager
+def skip_bitsandbytes() -> Iterator[None]:
+    """Import peft and TRL without bitsandbytes, which takes 2 s. Only for a process that quantises nothing."""
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
 
 
 def skip_vllm() -> None:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas
-from scipy import optimize, stats
 
 FLAT, CUT = 0.5, 0.5  # shares of groups without spread, and of completions that are cut off, above which it is told
 SAME = 1e-6  # rewards that differ by less are the same
@@ -67,6 +66,8 @@ def _value(values: pandas.Series) -> str:
 
 def _length_needed(frame: pandas.DataFrame) -> str:
     """Estimate how long completions would be: a lognormal distribution of which the long ones were cut off."""
+    from scipy import stats
+
     ended, cut = (frame["tokens"][frame["cut_off"] == is_cut].to_numpy(float) for is_cut in (False, True))
     if len(ended) < 2 or np.ptp(ended) == 0:
         return "Too few ended to say how many they need. Fix: double max_completion_length, or reward shorter ones."
@@ -81,6 +82,8 @@ def _more_generations(frame: pandas.DataFrame, size: int) -> str:
 
     The share of right ones is taken to vary between prompts like a beta distribution.
     """
+    from scipy import optimize, stats
+
     rewards = frame["reward"].dropna()
     is_right = rewards > rewards.min() + SAME
     if rewards.nunique() != 2:

@@ -80,8 +80,13 @@ install() {
     fi
     interruptible "${pip[@]}" --progress-bar off --requirement "$lock" 2>"$here/.venv/pip.log" > >(
         awk -v all="$(wc -l <"$lock")" -v terminal=$terminal '
-            /^(Collecting|Requirement)/ {if (terminal) printf "\r  %d of %d", ++n, all; fflush()}
-            /^Installing/ {printf "%s  unpacking\n", terminal ? "\n" : ""; fflush()}'
+            /^(Collecting|Requirement)/ {
+                n++
+                if (terminal) printf "\r  %d of %d", n, all
+                else if (n % 50 == 0) printf "  %d of %d\n", n, all
+                fflush()
+            }
+            /^Installing/ {printf "%s  unpacking (a minute or two)\n", terminal ? "\n" : ""; fflush()}'
     ) ||
         { cat "$here/.venv/pip.log" >&2; fail "the packages could not be installed. A second start goes on from here."; }
 }

@@ -193,10 +193,10 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
 
 
 def test_a_users_file_may_import_its_neighbours(tmp_path):
-    (tmp_path / "tools.py").write_text("def half(number):\n    return number / 2\n")
-    (tmp_path / "mine.py").write_text("from tools import half\ndef f():\n    return half(3)\n")
+    (tmp_path / "my_halves.py").write_text("def half(number):\n    return number / 2\n")
+    (tmp_path / "mine.py").write_text("from my_halves import half\ndef f():\n    return half(3)\n")
     assert load_object(f"{tmp_path}/mine.py:f", "tools")() == 1.5
-    del sys.modules["tools"]
+    del sys.modules["my_halves"]
 
 
 @pytest.mark.parametrize("source", ["import json\n\n1 / 0\n", "import json\n\nimport nothing_of_the_kind\n"])
