@@ -28,6 +28,9 @@ def skip_bitsandbytes() -> Iterator[None]:
         yield
     finally:
         del sys.modules["bitsandbytes"]
+        from transformers.utils import is_bitsandbytes_available
+
+        is_bitsandbytes_available.cache_clear()  # an 8-bit optimizer asks again
 
 
 def skip_vllm() -> None:
