@@ -4,18 +4,17 @@ Alone it is one process without a server. Under `accelerate launch train.py ...`
 launch_train.sh starts it with --run FOLDER: there everything is checked and resolved already.
 """
 
-import atexit
 import os
 import resource
 import sys
+import traceback
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 from grpo_launcher import hub
 from grpo_launcher.console import exit_status
 from grpo_launcher.errors import EXIT_GUARD
-from grpo_launcher.launch.processes import let_stacks_be_read
+from grpo_launcher.launch.processes import exit_at_once, let_stacks_be_read
 from grpo_launcher.runs import FINAL, Run, load_run, report_progress
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -23,7 +22,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 def main(argv: list[str]) -> int:
     """Train and save. Returns EXIT_GUARD where a guard stopped the run, else 0."""
-    from grpo_launcher.slow_imports import skip_bitsandbytes, skip_deepspeed_ops, skip_vllm
+    from grpo_launcher.slow_imports import quick_imports, skip_deepspeed_ops, skip_vllm
 
     skip_deepspeed_ops()
     if argv[:1] == ["--run"]:
@@ -33,8 +32,7 @@ def main(argv: list[str]) -> int:
 
         run = check_recipe(argv)
     run.folder = Path(run.values["output_dir"])  # of all nodes; each has its own part of it for logs
-    is_quantised = run.values["load_in_4bit"] or run.values["load_in_8bit"]
-    with nullcontext() if is_quantised else skip_bitsandbytes():
+    with quick_imports(run.values["load_in_4bit"] or run.values["load_in_8bit"]):
         from grpo_launcher import plugins
         from grpo_launcher.callbacks import EndOnRequest, Guards, RunLog, guard_limits
         from grpo_launcher.config import build_dataclasses, sends_files
@@ -127,7 +125,8 @@ def _examine(folder: Path) -> None:
     try:
         autopsy.examine(folder)
     except Exception as error:
-        print(f"Warning: no autopsy: {error!r}. Fix: see python -m grpo_launcher.autopsy {folder}", flush=True)
+        traceback.print_exc()
+        print(f"Warning: no autopsy: {error!r}. Fix: see train.log, and report it.", flush=True)
 
 
 def memory_peak(accelerator) -> float:
@@ -150,11 +149,7 @@ def run(argv: list[str]) -> None:
     status = exit_status(main, argv)
     if "LOCAL_RANK" not in os.environ:
         sys.exit(status)
-    # All that sys.exit would do but for the C++ destructors, in which gloo's threads may abort (pytorch#179291).
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    exit_at_once(status)  # in the C++ destructors gloo's threads may abort (pytorch#179291)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,14 @@ from grpo_launcher.layout import Gpu, Hardware, Layout, Options
 PROJECT = Path(__file__).resolve().parent.parent
 # They tell a process that it is one of several ranks.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-CHILD = """from grpo_launcher.slow_imports import skip_bitsandbytes
-with skip_bitsandbytes():
+CHILD = """
+from grpo_launcher.launch.processes import exit_at_once
+from grpo_launcher.slow_imports import quick_imports
+with quick_imports():
     from grpo_launcher.preflight import main
-main()"""
+main()
+exit_at_once(0)
+"""
 
 
 @dataclass

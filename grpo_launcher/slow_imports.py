@@ -1,5 +1,6 @@
 """What a training rank and the preflight need not load."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -18,19 +19,25 @@ def skip_deepspeed_ops() -> None:
 
 
 @contextmanager
-def skip_bitsandbytes() -> Iterator[None]:
-    """Import peft and TRL without bitsandbytes, which takes 2 s. Only for a process that quantises nothing."""
-    if "bitsandbytes" in sys.modules:
-        yield
-        return
-    sys.modules["bitsandbytes"] = None
+def quick_imports(quantises: bool = False) -> Iterator[None]:
+    """Import without collecting garbage, which takes a fifth of the time, and without bitsandbytes, which takes 2 s.
+
+    Args:
+        quantises: the process needs bitsandbytes.
+    """
+    hides = not quantises and "bitsandbytes" not in sys.modules
+    if hides:
+        sys.modules["bitsandbytes"] = None
+    gc.disable()
     try:
         yield
     finally:
-        del sys.modules["bitsandbytes"]
-        from transformers.utils import is_bitsandbytes_available
+        gc.enable()
+        if hides:
+            from transformers.utils import is_bitsandbytes_available
 
-        is_bitsandbytes_available.cache_clear()  # an 8-bit optimizer asks again
+            del sys.modules["bitsandbytes"]
+            is_bitsandbytes_available.cache_clear()  # an 8-bit optimizer asks again
 
 
 def skip_vllm() -> None:

@@ -1,13 +1,16 @@
 """Child processes that never outlive this one, whatever ends it."""
 
+import atexit
 import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
@@ -68,6 +71,14 @@ def first_term(act: Callable[[], bool]) -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGTERM) == handle:
             signal.signal(signal.SIGTERM, before)
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End this process as sys.exit does, but without taking its modules apart, which can take 2 s."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def start(

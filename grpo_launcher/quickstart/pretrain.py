@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def train(model, compute_loss: Callable[[int], torch.Tensor], steps: int, learni
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
-    for step in tqdm(range(steps), desc="pre-training the base model", unit="step"):
+    pause = 0.1 if sys.stderr.isatty() else 15  # seconds between two lines, which a file keeps
+    for step in tqdm(range(steps), desc="pre-training the base model", unit="step", mininterval=pause):
         compute_loss(step).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -4,9 +4,9 @@ from helpers import ROOT, run_python
 
 RANK = """
 import sys
-from grpo_launcher.slow_imports import skip_bitsandbytes, skip_vllm
+from grpo_launcher.slow_imports import quick_imports, skip_vllm
 
-with skip_bitsandbytes():
+with quick_imports():
     skip_vllm()
     from grpo_launcher.trainer import Trainer
 print([name for name in ("bitsandbytes", "vllm", "scipy.stats") if name in sys.modules])
