@@ -2,6 +2,8 @@
 
 Writes {train,test}.parquet with the columns prompt, prompt_tokens and prompt_tokenizer, and
   calculator     answer, needs_tool
+  everyday       reference
+  gsm8k          answer
   mcq            answer
   search_qa      answers, passage_id; and corpus.jsonl, the passages to search
   summarization  reference; and validation.parquet

@@ -18,7 +18,6 @@ from scipy import stats
 
 from grpo_launcher import rollouts, runs
 from grpo_launcher.console import exit_status
-from grpo_launcher.errors import UserError
 from grpo_launcher.messages import words
 from rewards.repetition import ngram_repetition_reward
 
@@ -26,15 +25,14 @@ STEPS, ROWS = 50, 2000  # at most, evenly between the first and the newest; and 
 READ = 1000  # characters of a completion in which repetition is looked for
 MOST = 0.5  # share of the advantage's variance above which length is said to explain it
 BINS, LEAST = 20, 10  # classes of length at most, and completions of each at least: fewer would explain chance
+FEW = 3  # groups in which a feature varies; with fewer nothing is said of it
 SHORT_RUN = 8  # steps below which nothing is said of what rises and falls
 OPENINGS, OFTEN = 3, 0.05  # first words that are looked at: the most frequent, in this share of completions or more
 
 
 def load(run: Path) -> pandas.DataFrame:
     """Return completions of a run with the features that are looked at, as columns named in attrs["features"]."""
-    kept = list(rollouts.files(run))
-    if not kept:
-        raise UserError(str(run), "holds no completions", "name a run of GRPO: trainOutput/quickstart/1")
+    kept = rollouts.kept_steps(run)
     newest = rollouts.load(run, kept[-1])
     count = min(STEPS, len(kept), max(2, ROWS // len(newest)))
     chosen = sorted({kept[round(index)] for index in np.linspace(0, len(kept) - 1, count)})
@@ -96,8 +94,8 @@ def warnings(run: Path, frame: pandas.DataFrame, share: float) -> list[str]:
     found = []
     if share > MOST:
         found.append(
-            f"Length explains {share:.0%} of the advantage. Where that is not what you want to pay for, bound the "
-            "length, or take it out of the reward."
+            f"Length explains {share:.0%} of the reward's differences within a group, also where the best length lies "
+            "in the middle. If you did not want to reward length, change the reward."
         )
     measures = [name for name, weight in frame.attrs["weights"].items() if not weight]
     logged = pandas.DataFrame(runs.read_metrics(run)).dropna(subset=["reward"])
@@ -122,6 +120,7 @@ def picture(rows: list[dict]) -> Figure:
         axis.plot(row["correlation"], place, "ko")
     axis.set_yticks(range(len(rows)), [row["feature"] for row in reversed(rows)])
     axis.set_xlim(-1, 1)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.axvline(0, color="0.8", zorder=0)
     axis.set_xlabel("rank correlation with the advantage, within groups (95 % interval)")
     axis.spines[["top", "right"]].set_visible(False)
@@ -133,15 +132,17 @@ def examine(run: Path) -> None:
     frame = load(run)
     parts = shares(frame)
     rows = [{"feature": name, **correlation(frame, name)} for name in frame.attrs["features"]]
-    rows = [row for row in rows if row["groups"]]
+    rows = [row for row in rows if row["groups"] >= FEW]
     print(f"What the reward has paid for, in {frame['step'].nunique()} steps:")
     if not rows:
-        print("  nothing: no group had spread")
+        print("  nothing that can be told: hardly a group had spread")
     elif len(parts) > 1:
         print("  share of the advantage: " + ", ".join(f"{name} {share:.0%}" for name, share in parts.items()))
+    if rows:
+        print("  rank correlation with the advantage within a group (95 % interval), groups in which it varies:")
     for row in rows:
         interval = "" if np.isnan(row["low"]) else f" ({row['low']:+.2f} to {row['high']:+.2f})"
-        print(f"  {row['feature']:24} {row['correlation']:+.2f}{interval}")
+        print(f"  {row['feature']:24} {row['correlation']:+.2f}{interval}, {row['groups']} groups")
     explained = explained_by_length(frame)
     found = warnings(run, frame, explained)
     for text in found:

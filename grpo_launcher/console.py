@@ -13,7 +13,7 @@ STYLES = {
     r"^step +\d+/\d+|^evaluation at step \d+:": 1,  # bold
     r"^(Plan for|Run:|Report of:|Machine:|Rehearsal:)": 1,
     r"\d+:\d\d:\d\d left$": 2,  # faint
-    r"^Warning:": 33,  # yellow
+    r"^Warning:|^Verdict on step \d+:": 33,  # yellow
     r"^error:|^Stopped by": 31,  # red
     r"^Saved .*": 32,  # green
 }
@@ -36,7 +36,12 @@ def print_errors(*problems: object) -> None:
 def exit_status(command: Callable[..., int | None], *arguments) -> int:
     """Run a command. Returns its own exit status, or EXIT_REFUSED behind the message of a UserError."""
     try:
-        return command(*arguments) or 0
+        status = command(*arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # COMMAND | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         print_errors(error)
         return EXIT_REFUSED

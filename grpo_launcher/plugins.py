@@ -76,7 +76,7 @@ def _load_file(file: str, field: str) -> ModuleType:
 
 def _import_module(module_name: str, name: str, field: str) -> ModuleType:
     if not module_name:
-        fix = "write package.module.function, as trl.rewards.accuracy_reward, or file.py:function"
+        fix = "write package.module.function, as rewards.length.length_reward, or file.py:function"
         raise UserError(field, f"{name} is no function of a module", fix)
     try:
         return importlib.import_module(module_name)

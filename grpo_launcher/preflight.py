@@ -445,8 +445,9 @@ class _Check:
             updates = max(1, args.generation_batch_size // step) * args.num_iterations
             line += f"; {rows} prompts = {rows // prompts * updates} steps an epoch"
             if rows < prompts:
-                problem = f"{rows} prompts, and one generation takes {prompts}: TRL would end after 0 steps"
-                self.refuse("dataset_name", problem, "give more rows, or lower per_device_train_batch_size")
+                problem = f"{rows} rows, and one generation takes {prompts} prompts: TRL would end after 0 steps"
+                fix = f"give at least {prompts} rows, or lower per_device_train_batch_size"
+                self.refuse("dataset_name", problem, fix)
         self.report.lines.append(line)
         self._evaluation(args, ranks)
 

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from grpo_launcher import plugins, rollouts, runs
 from grpo_launcher.console import exit_status
 from grpo_launcher.errors import UserError
-from grpo_launcher.messages import printable
 from grpo_launcher.render import make_console
 
 SHOWN = 5
@@ -81,11 +80,14 @@ def picture(table: pandas.DataFrame, name: str) -> Figure:
         mean, spread = table[f"{which} mean"], table[f"{which} spread"]
         panel.plot(table["step"], mean, color="black", marker="o", markersize=3)
         panel.fill_between(table["step"], mean - spread, mean + spread, color="0.88", linewidth=0)
-        panel.set_title(f"{title} (± spread in a group)", fontsize="medium")
+        panel.set_title(title if len(title) <= 36 else f"{title[:35]}…", fontsize="medium")
+        panel.set_ylabel("mean ± spread in a group")
     for column, style in (("rank correlation", "-"), ("another best", "--")):
         panels[2].plot(
             table["step"], table[column], color="black", linestyle=style, marker="o", markersize=3, label=column
         )
+    panels[2].set_title("agreement", fontsize="medium")
+    panels[2].set_ylim(-1.05, 1.05)
     panels[2].legend(frameon=False, fontsize="small")
     for panel in panels:
         panel.set_xlabel("step")
@@ -94,20 +96,20 @@ def picture(table: pandas.DataFrame, name: str) -> Figure:
     return figure
 
 
-def show(table: pandas.DataFrame, most: pandas.DataFrame, name: str, console) -> None:
+def show(table: pandas.DataFrame, most: pandas.DataFrame, name: str, chance: float, console) -> None:
     """Print the table and the completions on which the rewards differ most."""
     shown = Table(box=None, padding=(0, 1), title=f"{name} beside the reward of the run", title_justify="left")
     for column in table:
         shown.add_column(column, justify="right")
     for row in table.to_dict("records"):
-        shown.add_row(*(f"{row[column]:z.3g}" for column in table))
+        shown.add_row(f"{row['step']}", *(f"{row[column]:z.2f}" for column in table.columns[1:]))
     console.print(shown)
+    console.print(f"another best: share of groups in which another completion is the best. By chance: {chance:.2f}.")
     console.print("They differ most on:")
     for row in most.to_dict("records"):
         scores = f"reward {row['reward']:z.2f}, {name} {row['new']:z.2f}"
-        text = printable(" ".join(row["text"].split()))[:400]
         console.print(f"  step {row['step']}, prompt {row['group']}: {scores}", style="cyan")
-        console.print(f"    {text}", markup=False)
+        console.print(f"    {rollouts.one_line(row['text'], 400)}", markup=False, soft_wrap=True)
 
 
 def rescore(run: Path, name: str, reward, console) -> None:
@@ -119,13 +121,14 @@ def rescore(run: Path, name: str, reward, console) -> None:
         frames.append(frame[["step", "group", "reward", "new", "text"]])
         rows.append({"step": step, **compare(frame)})
     table = pandas.DataFrame(rows, columns=COLUMNS)
-    most = differences(pandas.concat(frames, ignore_index=True))
-    show(table, most, name, console)
+    scored = pandas.concat(frames, ignore_index=True)
+    most, group_size = differences(scored), scored.groupby(["step", "group"]).size().mean()
+    show(table, most, name, 1 - 1 / group_size, console)
     stem = run / f"rescore-{name}"
     content = {"reward": name, "steps": rows, "most": most.to_dict("records")}
     runs.write_json(stem.with_suffix(".json"), content)
     picture(table, name).savefig(stem.with_suffix(".png"), dpi=100)
-    console.print(f"Wrote {stem}.json and {stem}.png")
+    print(f"Wrote {stem}.json and {stem}.png")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -143,8 +146,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def rescore_all(args: argparse.Namespace) -> None:
     """Score by the rewards that the command line names. All are checked before the first is used."""
-    steps = list(rollouts.files(args.run))
-    rows = rollouts.load(args.run, steps[-1] if steps else 0).attrs["rows"]
+    rows = rollouts.load(args.run, rollouts.kept_steps(args.run)[-1]).attrs["rows"]
     rewards = plugins.load_rewards(args.reward_funcs, args.reward_kwargs, columns=list(rows[0]) if rows else [])
     for reward in rewards:
         name = plugins.metric_name(reward)

@@ -2,7 +2,8 @@
 
 python -m grpo_launcher.rollouts RUN [--step N] [--worst N | --best N] [--grep TEXT]
 
-Without --step: the newest step, or with --grep all that are kept. It works while the run goes on.
+Without --step: the newest step, or with --grep all that are kept. Completions stand under their prompts.
+It works while the run goes on.
 """
 
 import argparse
@@ -31,6 +32,18 @@ def files(run: Path) -> dict[int, Path]:
     """Return the files of a run by step, in their order, without one that is being written."""
     found = sorted((run / "completions").glob("completions_*.parquet"))
     return {int(re.findall(r"\d+", path.stem)[-1]): path for path in found if _is_whole(path)}
+
+
+def kept_steps(run: Path) -> list[int]:
+    """Return the steps whose completions are kept.
+
+    Raises:
+        UserError: there are none.
+    """
+    steps = list(files(run))
+    if not steps:
+        raise UserError(str(run), "holds no completions", "name a run of GRPO: trainOutput/quickstart/1")
+    return steps
 
 
 def _is_whole(path: Path) -> bool:
@@ -100,27 +113,31 @@ def _without_empty_arguments(record: dict) -> dict:
     return record
 
 
-def show(frame: pandas.DataFrame, console: Console) -> None:
-    """Print completions with what is known of them, under their prompts."""
+def show(frame: pandas.DataFrame, rewards: list[str], console: Console) -> None:
+    """Print completions with what is known of them, under their prompts. rewards: the columns of each reward."""
     for (step, group), rows in frame.groupby(["step", "group"], sort=False):
-        console.print(Text(f"step {step}, prompt {group}: {_one_line(rows['question'].iloc[0], 200)}", "bold"))
+        console.print(Text(f"step {step}, prompt {group}: {one_line(rows['question'].iloc[0], 200)}", "bold"))
         for row in rows.to_dict("records"):
-            known = [f"reward {row['reward']:z.2f}", f"advantage {row['advantage']:+z.2f}"]
-            known += [f"{row['tokens']} tokens"] if "tokens" in row else [f"{row['characters']} characters"]
+            parts = ", ".join(f"{name} {row[name]:z.2f}" for name in rewards if row[name] is not None)
+            known = [f"reward {row['reward']:z.2f}" + (f" ({parts})" if len(rewards) > 1 else "")]
+            known += [f"advantage {row['advantage']:+z.2f}", f"{row['characters']} characters"]
+            known += [f"{row['tokens']} tokens"] if "tokens" in row else []
             known += ["cut off"] if row.get(CUT_OFF) else []
             console.print(Text(f"  {', '.join(known)}", "cyan"))
-            console.print(Text(f"    {_one_line(row['text'], 600)}"))
+            console.print(Text(f"    {one_line(row['text'], 600)}"))
 
 
 def _holding(frame: pandas.DataFrame, text: str | None) -> pandas.DataFrame:
     """Return the columns that are shown, of the completions that hold a text."""
     texts = frame["question"] + "\n" + frame["text"]
     names = ["step", "group", "reward", "advantage", "tokens", "characters", CUT_OFF, "question", "text"]
+    names += frame.attrs["weights"]
     shown = frame[[name for name in names if name in frame]]
     return shown[texts.str.contains(text, case=False, regex=False)] if text else shown
 
 
-def _one_line(text: str, limit: int) -> str:
+def one_line(text: str, limit: int) -> str:
+    """Return a text on one line, cut behind `limit` characters."""
     text = printable(" ".join(text.split()))
     return text if len(text) <= limit else f"{text[:limit]} […]"
 
@@ -142,15 +159,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def print_completions(args: argparse.Namespace) -> None:
     """Print what the command line asks for."""
-    kept = list(files(args.run)) or [args.step or 0]
+    kept = kept_steps(args.run)
     steps = [args.step] if args.step is not None else kept if args.grep else kept[-1:]
-    frame = pandas.concat([_holding(load(args.run, step), args.grep) for step in steps], ignore_index=True)
+    frames = [load(args.run, step) for step in steps]
+    frame = pandas.concat([_holding(frame, args.grep) for frame in frames], ignore_index=True)
     if args.worst is not None or args.best is not None:
         count = args.best if args.worst is None else args.worst
         frame = frame.sort_values("reward", ascending=args.best is None, kind="stable").head(count)
     console = Console(highlight=False, soft_wrap=True)
-    show(frame, console)
-    console.print(f"{len(frame)} completions of step {', '.join(map(str, steps[:1] + steps[1:][-1:]))}")
+    show(frame, list(frames[-1].attrs["weights"]), console)
+    place = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    console.print(f"{len(frame)} completions of {place}")
 
 
 def main(argv: list[str]) -> int:

@@ -216,7 +216,7 @@ class Trainer(GRPOTrainer):
         for text in (text for kind, text in problems.items() if kind not in self._verdict):
             print(f"Verdict on step {self.state.global_step}: {text}", flush=True)
         if self._verdict and not problems:
-            print(f"Verdict on step {self.state.global_step}: nothing of that any more.", flush=True)
+            print(f"Verdict on step {self.state.global_step}: its groups can teach something again.", flush=True)
         self._verdict = set(problems)
 
     def log(self, logs, start_time=None):
@@ -230,9 +230,9 @@ class Trainer(GRPOTrainer):
             if batches := self._measure_values.pop((mode, name), None):
                 self._metrics[mode][f"rewards/{name}/mean"] = [torch.cat(batches).nanmean().item()]
         is_judged = self.is_world_process_zero() and mode == "train" and "train_runtime" not in logs
+        super().log(logs, start_time)
         if is_judged and self._logs["prompt"]:
             self._judge_step()
-        super().log(logs, start_time)
         if is_judged and self.log_completions:
             rollouts.prune(Path(self.args.output_dir), self.keep_rollouts)
         if not self.sample_every or not self.is_world_process_zero() or mode == "eval" or "train_runtime" in logs:

@@ -10,7 +10,7 @@ FIXES = {
     "all right": "harder prompts, or a reward that still tells such completions apart",
     "all cut off": "a larger max_completion_length, or prompts that ask for less",
     "not rated": "see in train.log why the reward gave no rating",
-    "all the same": "look at the reward, which does not tell completions apart: python -m grpo_launcher.reward_check",
+    "all the same": "python -m grpo_launcher.reward_check check NAME, as the reward does not tell completions apart",
 }
 
 
@@ -47,10 +47,11 @@ def verdict(frame: pandas.DataFrame, limit: int, full_marks: float) -> dict[str,
 def _kinds(rated: pandas.Series, values: pandas.Series, is_cut: pandas.Series, full_marks: float) -> pandas.Series:
     """Return why each group has no spread. `rated` are all rewards of the step, `values` the one of each group.
 
-    Right and wrong are told apart where a step's rewards are two values, or lie between 0 and full marks.
+    Right and wrong are told apart where a step's rewards are two values, of which one is 0 or less, or lie between 0
+    and full marks.
     """
     lowest, highest = rated.min(), rated.max()
-    if rated.nunique() != 2:
+    if rated.nunique() != 2 or lowest > 0:
         lowest, highest = (0.0 if lowest >= 0 else np.nan), (full_marks if highest <= full_marks + SAME else np.nan)
     kinds = pandas.Series("all the same", index=values.index)
     kinds = kinds.mask((values - lowest).abs() <= SAME, "all wrong").mask(

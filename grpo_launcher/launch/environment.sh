@@ -48,6 +48,24 @@ interruptible() {
     return $status
 }
 
+# Tell from pip's output how far it is: one line on a terminal, a line for every 50 packages in a file.
+count_packages() {
+    local line count=0 all
+    all=$(wc -l <"$lock")
+    while IFS= read -r line; do
+        case $line in
+            Collecting* | Processing* | Requirement*)
+                count=$((count + 1))
+                if [ -n "$terminal" ]; then
+                    printf '\r  %d of %d' $count "$all"
+                elif ((count % 50 == 0)); then
+                    echo "  $count of $all"
+                fi ;;
+            Installing*) echo "${terminal:+$'\n'}  unpacking (a minute or two)" ;;
+        esac
+    done
+}
+
 install() {
     local python free
     python=$(find_python)
@@ -55,6 +73,9 @@ install() {
         command -v g++ >/dev/null || fail "g++ is needed with a GPU: DeepSpeed and vLLM compile operators at their first launch. On Debian or Ubuntu: apt-get install g++"
         "$python" -c 'import os, sysconfig; assert os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))' 2>/dev/null ||
             fail "Python.h is needed with a GPU: DeepSpeed and vLLM compile operators at their first launch. On Debian or Ubuntu: apt-get install python3.11-dev"
+    else
+        "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+            fail "libnuma.so.1 is needed without a GPU: vLLM's operators for the CPU use it. On Debian or Ubuntu: apt-get install libnuma1"
     fi
     free=$(($(df -Pk "$here" | awk 'NR == 2 {print $4}') / 1048576))
     ((free >= needed)) || fail "$here has $free GB free and the installation needs $needed; free some, or use an environment of your own with --no-install."
@@ -78,16 +99,7 @@ install() {
         interruptible "${pip[@]}" --quiet --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' "$lock")" ||
             fail "torch could not be installed; the messages above say why. A second start goes on from here."
     fi
-    interruptible "${pip[@]}" --progress-bar off --requirement "$lock" 2>"$here/.venv/pip.log" > >(
-        awk -v all="$(wc -l <"$lock")" -v terminal=$terminal '
-            /^(Collecting|Requirement)/ {
-                n++
-                if (terminal) printf "\r  %d of %d", n, all
-                else if (n % 50 == 0) printf "  %d of %d\n", n, all
-                fflush()
-            }
-            /^Installing/ {printf "%s  unpacking (a minute or two)\n", terminal ? "\n" : ""; fflush()}'
-    ) ||
+    interruptible "${pip[@]}" --progress-bar off --requirement "$lock" 2>"$here/.venv/pip.log" > >(count_packages) ||
         { cat "$here/.venv/pip.log" >&2; fail "the packages could not be installed. A second start goes on from here."; }
 }
 

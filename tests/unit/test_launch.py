@@ -69,7 +69,7 @@ REFUSED = {
     "unknown flag": ("--learning_rat 1", "--learning_rat: ", "did you mean learning_rate?"),
     "missing dataset": (f"{SMALL} --dataset_name data/tldr", "dataset_name: ", "process_dataset.py tldr"),
     "missing model": (f"{SMALL} --model_name_or_path data/nothing", "model_name_or_path: ", "data/nothing"),
-    "too few rows": (f"{SMALL} --dataset_name seven.jsonl", "dataset_name: ", "7 prompts"),
+    "too few rows": (f"{SMALL} --dataset_name seven.jsonl", "dataset_name: ", "7 rows"),
     "folder in a file": (f"{SMALL} --output_dir rows.jsonl/run", "output_dir: ", "Not a directory"),
     "folder in use": (f"{SMALL} --output_dir model", "output_dir: ", "is not empty"),
     "checkpoint by hand": (f"{SMALL} --resume_from_checkpoint x", "resume_from_checkpoint: ", "--resume"),

@@ -322,7 +322,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_valid_sizes(flags, field, 
 
 PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the message
     "block size": ("tldr_length", 4, "--generation_batch_size 100", "generation_batch_size", "a multiple of 8 × 3"),
-    "too few prompts": ("quickstart", 0, "--dataset_name seven", "dataset_name", "7 prompts"),
+    "too few prompts": ("quickstart", 0, "--dataset_name seven", "dataset_name", "7 rows"),
     "context of the server": ("tldr_length", 4, "--vllm_max_model_length 260", "vllm_max_model_length", "length 4"),
     "context of the model": ("quickstart", 0, "--max_completion_length 2040", "max_completion_length", "is 2048"),
     "token": (None, 0, f"{LENGTH} --hub_token hf_secret", "hub_token", "HF_TOKEN in the environment"),

@@ -64,7 +64,7 @@ def test_the_newest_step_is_shown_and_the_worst_the_best_and_what_holds_a_text(r
 
 def test_a_step_that_is_not_kept_and_a_run_without_completions_are_refused(run, capsys, tmp_path):
     assert "--step" in show(run, capsys, "--step", "9", status=EXIT_REFUSED)
-    assert "not kept" in show(tmp_path, capsys, status=EXIT_REFUSED)
+    assert "holds no completions" in show(tmp_path, capsys, status=EXIT_REFUSED)
 
 
 def test_a_file_that_is_being_written_is_not_there_yet(run):

@@ -32,6 +32,11 @@ WRONG, RIGHT = [[0] * 4] * 12, [[1] * 4] * 12
         (step([[3] * 4] * 8), ["no spread"], "100% all the same: reward 3"),  # of a judge, from 0 to 10
         (step([[9] * 4] * 8 + [[9.5, 9.6, 9.7, 9.7]]), ["no spread"], "89% all the same: reward 9"),
         (step([[0, 0, 1.2, 0.2]] + [[0] * 4] * 4), ["no spread"], "80% all wrong: reward 0"),  # 1 and 0.2 for the form
+        (
+            step([[1, 2, 2, 2]] + [[1] * 4] * 4),
+            ["no spread"],
+            "80% all the same: reward 1",
+        ),  # one point of several is no fault
         (step([[-1, 1, 1, 1]] + [[-1] * 4] * 4), ["no spread"], "80% all wrong: reward -1"),
         (step(SPREAD, tokens=64, cut_off=True), ["cut off"], "100% of the completions"),
         (step(WRONG, tokens=64, cut_off=True), ["cut off", "no spread"], "all cut off"),
