@@ -444,4 +444,10 @@ def show(argv: list[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] != "show":
         sys.exit("usage: python -m grpo_launcher.config show configs/NAME.yaml [--key value ...]")
-    sys.exit(exit_status(show, sys.argv[2:]))
+    try:
+        status = exit_status(show, sys.argv[2:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

@@ -36,12 +36,7 @@ def print_errors(*problems: object) -> None:
 def exit_status(command: Callable[..., int | None], *arguments) -> int:
     """Run a command. Returns its own exit status, or EXIT_REFUSED behind the message of a UserError."""
     try:
-        status = command(*arguments) or 0
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # COMMAND | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return command(*arguments) or 0
     except UserError as error:
         print_errors(error)
         return EXIT_REFUSED

@@ -161,13 +161,16 @@ def print_completions(args: argparse.Namespace) -> None:
     """Print what the command line asks for."""
     kept = kept_steps(args.run)
     steps = [args.step] if args.step is not None else kept if args.grep else kept[-1:]
-    frames = [load(args.run, step) for step in steps]
-    frame = pandas.concat([_holding(frame, args.grep) for frame in frames], ignore_index=True)
+    found = []
+    for step in steps:
+        whole = load(args.run, step)
+        found.append(_holding(whole, args.grep))
+    frame = pandas.concat(found, ignore_index=True)
     if args.worst is not None or args.best is not None:
         count = args.best if args.worst is None else args.worst
         frame = frame.sort_values("reward", ascending=args.best is None, kind="stable").head(count)
     console = Console(highlight=False, soft_wrap=True)
-    show(frame, list(frames[-1].attrs["weights"]), console)
+    show(frame, list(whole.attrs["weights"]), console)
     place = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     console.print(f"{len(frame)} completions of {place}")
 

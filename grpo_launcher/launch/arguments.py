@@ -86,11 +86,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if config and not Path(config).is_file():
         known = sorted(str(path.relative_to(HOME)) for path in (HOME / "configs").glob("*.yaml"))
         near = difflib.get_close_matches(config, known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {near[0] if Path(near[0]).is_file() else HOME / near[0]}?"
-            if near
-            else f"there are: {', '.join(known)}."
-        )
+        hint = f"there are: {', '.join(known)}."
+        if near:
+            path = near[0] if Path(near[0]).is_file() else HOME / near[0]
+            hint = f"did you mean {path}?"
         parser.error(f"there is no recipe {config}; {hint}")
     if options.assume_gpus is not None and not options.dry_run:
         parser.error("--assume-gpus plans for hardware that is not there: it needs --dry-run")

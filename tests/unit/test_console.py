@@ -50,6 +50,11 @@ def test_a_refusal_is_printed_with_its_status(capsys):
     def refuse(field: str):
         raise UserError(field, "is wrong", "mend it")
 
+    def lose_a_connection():
+        raise BrokenPipeError
+
     assert exit_status(refuse, "beta") == EXIT_REFUSED
     assert capsys.readouterr().err == "error: beta: is wrong. Fix: mend it.\n"
+    with pytest.raises(BrokenPipeError):  # of a connection, say: a run that fails by it has not ended well
+        exit_status(lose_a_connection)
     assert exit_status(lambda: 1) == 1 and exit_status(lambda: None) == 0
