@@ -17,7 +17,7 @@ import yaml
 from transformers import Seq2SeqTrainingArguments
 from trl import GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from grpo_launcher.console import exit_status
+from grpo_launcher.console import end_with
 from grpo_launcher.errors import UserError, did_you_mean
 from grpo_launcher.merge import merged_path
 from grpo_launcher.runs import expand_home
@@ -444,10 +444,4 @@ def show(argv: list[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] != "show":
         sys.exit("usage: python -m grpo_launcher.config show configs/NAME.yaml [--key value ...]")
-    try:
-        status = exit_status(show, sys.argv[2:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+    end_with(show, sys.argv[2:])

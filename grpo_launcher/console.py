@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from grpo_launcher.errors import EXIT_REFUSED, UserError
 
@@ -31,6 +31,17 @@ def coloured(text: str, stream: TextIO) -> str:
 def print_errors(*problems: object) -> None:
     """Print what is refused, a line each."""
     print(coloured("\n".join(f"error: {problem}" for problem in problems), sys.stderr), file=sys.stderr)
+
+
+def end_with(command: Callable[..., int | None], *arguments) -> NoReturn:
+    """Run a command and end this process with its status. A reader that has gone (COMMAND | head) is no failure."""
+    status = 0
+    try:
+        status = exit_status(command, *arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def exit_status(command: Callable[..., int | None], *arguments) -> int:

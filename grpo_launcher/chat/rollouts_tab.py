@@ -1,6 +1,7 @@
 """The tab of the page that shows a run's completions: a step, a prompt across steps, and how the reward spreads."""
 
 import html
+from collections.abc import Iterable
 from pathlib import Path
 
 import gradio as gr
@@ -55,15 +56,16 @@ class RolloutsTab:
         slider = gr.Slider(minimum=steps[0], maximum=max(steps[-1], steps[0] + 1), value=value)
         return steps[-1], slider, histogram(self.run)
 
-    def _nearest(self, step: float) -> pandas.DataFrame:
+    def _nearest(self, steps: Iterable[int], step: float) -> pandas.DataFrame:
         """Return the completions of the kept step that is nearest."""
-        return rollouts.load(self.run, min(rollouts.files(self.run), key=lambda kept: abs(kept - step)))
+        return rollouts.load(self.run, min(steps, key=lambda kept: abs(kept - step)))
 
     def rows(self, step: float) -> pandas.DataFrame:
         """Return the table of the kept step that is nearest."""
-        if not rollouts.files(self.run):
+        steps = rollouts.files(self.run)
+        if not steps:
             return pandas.DataFrame(columns=COLUMNS)
-        frame = self._nearest(step)
+        frame = self._nearest(steps, step)
         frame = frame.assign(row=range(len(frame)), prompt=frame["question"], completion=frame["text"])
         frame["cut off"] = frame.get(rollouts.CUT_OFF)
         frame["tokens"] = frame.get("tokens", frame["characters"])
@@ -73,9 +75,10 @@ class RolloutsTab:
 
     def across_steps(self, step: float, chosen: gr.SelectData) -> str:
         """Return the completions of a row's prompt in each step that asked it, side by side."""
-        question = self._nearest(step)["question"][int(chosen.row_value[0])]
+        steps = rollouts.files(self.run)
+        question = self._nearest(steps, step)["question"][int(chosen.row_value[0])]
         cells, headings = "", ""
-        for kept, path in rollouts.files(self.run).items():
+        for kept, path in steps.items():
             prompts = parquet.read_table(path, columns=["prompt"])["prompt"].to_pylist()
             if question not in map(last_user_text, prompts):
                 continue

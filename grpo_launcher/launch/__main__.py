@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from grpo_launcher import hub, runs
-from grpo_launcher.console import coloured, print_errors
+from grpo_launcher.console import coloured, end_with, exit_status, print_errors
 from grpo_launcher.errors import EXIT_LOST, EXIT_REFUSED, UserError, first_line
 from grpo_launcher.launch import commands, doctor
 from grpo_launcher.launch.arguments import named_fields, parse
@@ -37,10 +37,7 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(line_buffering=True)
     try:
         with catching_signals():
-            return launch(options, flags)
-    except UserError as error:
-        print_errors(error)
-        return EXIT_REFUSED
+            return exit_status(launch, options, flags)
     except Stopped as signal:
         print("\nStopped. No process is left.", *getattr(signal, "__notes__", []), file=sys.stderr)
         return 128 + signal.args[0]
@@ -391,7 +388,4 @@ def _print_command(title: str, command: commands.Command) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:  # --dry-run | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    end_with(main, sys.argv[1:])

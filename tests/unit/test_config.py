@@ -225,11 +225,11 @@ def test_both_forms_of_scale_rewards_reach_trl(value, expected, read):
 @pytest.fixture
 def user_files(tmp_path, monkeypatch):
     """A file mine.py beside the recipe and another in the working directory; other.py beside the recipe alone."""
-    for folder in ("recipes", "work"):
+    for folder in ("recipes", "elsewhere"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.py").touch()
     (tmp_path / "recipes/other.py").touch()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path
 
 
@@ -248,12 +248,12 @@ def test_files_are_relative_to_the_recipe_or_to_the_working_directory(user_files
     absolute = f"{user_files}/recipes/other.py:Game"
     flags = ["--reward_funcs", "mine.py:f", "other.py:f", "--environment_factory", absolute]
     values = load_config([*argv, *flags]).values
-    assert values["reward_funcs"] == [f"{user_files}/work/mine.py:f", f"{user_files}/recipes/other.py:f"]
+    assert values["reward_funcs"] == [f"{user_files}/elsewhere/mine.py:f", f"{user_files}/recipes/other.py:f"]
     assert values["environment_factory"] == absolute
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nowhere.py:f", r"nowhere\.py in .*/work"), ("mine.py", "write mine.py:function")]
+    ("name", "message"), [("nowhere.py:f", r"nowhere\.py in .*/elsewhere"), ("mine.py", "write mine.py:function")]
 )
 def test_a_file_or_function_that_is_not_named_is_refused(name, message, user_files):
     with pytest.raises(UserError, match=message) as error:
