@@ -107,7 +107,9 @@ def test_the_console_shows_the_run(run):
     assert text.count("sample at step") == 5
     assert "Saved trainOutput/quickstart/1/final-checkpoint" in text
     assert text.count("Warning") == 1 and "\nWarning: Length explains" in text
-    assert "Verdict" not in text and len(text.splitlines()) < 160
+    # A sample is as long as its post, and a slow machine waits longer for the server.
+    others = [line for line in text.splitlines() if not re.match("[╭│╰]|Waiting for the vLLM server", line)]
+    assert "Verdict" not in text and len(others) < 60, others
 
 
 def test_the_plan_knew_the_memory(run):
