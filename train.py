@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 
 def save(trainer, run: Run, is_whole: bool) -> None:
-    """Save the final checkpoint of a run that came to its end, and draw the curves.
+    """Draw the curves, and save the final checkpoint of a run that came to its end.
 
     Args:
         trainer: after the training.
@@ -94,6 +94,8 @@ def save(trainer, run: Run, is_whole: bool) -> None:
     from grpo_launcher.callbacks import print_summary
     from grpo_launcher.report import plot_run
 
+    if trainer.is_world_process_zero():
+        plot_run(run.folder)
     if is_whole:
         if trainer.is_world_process_zero():
             push = " and pushing" if trainer.args.push_to_hub else ""
@@ -103,7 +105,6 @@ def save(trainer, run: Run, is_whole: bool) -> None:
         trainer.create_model_card()
     peak = memory_peak(trainer.accelerator)
     if trainer.is_world_process_zero():
-        plot_run(run.folder)
         print_summary(run.folder)
         plan = f" The plan said {run.planned_memory}." if run.planned_memory else ""
         print(f"A rank held up to {peak:.1f} GiB.{plan}")

@@ -118,12 +118,14 @@ def _metrics(run: Path) -> pandas.DataFrame:
 
 
 def _panels(frames: list[pandas.DataFrame]) -> dict[str, str]:
-    """Return metric -> title of what was logged. A single reward that is the whole reward gets one panel."""
+    """Return metric -> title of what was logged. A reward that is the whole sum gets no panel of its own."""
     logged = {name for frame in frames for name in frame}
     rewards = sorted(name for name in logged if re.fullmatch("rewards/[^/]+/mean", name))
     titles = {"reward": "reward (weighted sum)"} | {name: name.split("/")[1] for name in rewards}
-    if len(rewards) == 1 and all(rewards[0] in frame and frame[rewards[0]].equals(frame.reward) for frame in frames):
-        titles = {"reward": f"reward ({rewards[0].split('/')[1]})"}
+    for name in rewards:
+        if all(name in frame and frame[name].equals(frame.get("reward")) for frame in frames):
+            titles["reward"] = f"reward ({titles.pop(name)})"
+            break
     if not {"reward", "eval_reward"} & logged:
         titles = SFT_PANELS  # the loss of GRPO means nothing
     return {metric: title for metric, title in (titles | PANELS).items() if {metric, f"eval_{metric}"} & logged}
@@ -171,7 +173,7 @@ HIDDEN_FIELDS = re.compile(
 
 
 def write_card(folder: Path, hub_id: str | None = None) -> None:
-    """Write README.md and curves.png into a final checkpoint, and draw the run's own curves. Reads the run's folder.
+    """Write README.md and curves.png into a final checkpoint. Reads the run's folder, where the curves are drawn.
 
     Args:
         folder: the final checkpoint, in its run's folder.
@@ -184,9 +186,8 @@ def write_card(folder: Path, hub_id: str | None = None) -> None:
     from grpo_launcher.seq2seq import is_seq2seq_checkpoint
 
     run = load_run(folder.parent)
-    curves = plot_run(run.folder)
-    if curves:
-        shutil.copy(curves, folder)
+    if has_curves := (run.folder / "curves.png").exists():
+        shutil.copy(run.folder / "curves.png", folder)
     base, dataset = run.values["model_name_or_path"], run.values["dataset_name"]
     hub_base = base if _is_hub_id(base) else None
     is_adapter, is_seq2seq = (folder / "adapter_config.json").exists(), is_seq2seq_checkpoint(folder)
@@ -215,7 +216,7 @@ def write_card(folder: Path, hub_id: str | None = None) -> None:
         is_grpo=run.values["method"] == "grpo",
         is_adapter=is_adapter,
         changes=metric_changes(run.folder),
-        curves=curves,
+        has_curves=has_curves,
         samples=samples,
         model_kind="Seq2SeqLM" if is_seq2seq else "CausalLM",
         location=hub_id or _public(str(folder)),

@@ -5,11 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainingArguments
 
 from grpo_launcher import runs
-from grpo_launcher.config import load_config
 from grpo_launcher.errors import UserError
 from grpo_launcher.launch.hardware import find_hardware
 from grpo_launcher.layout import Options
@@ -24,9 +23,10 @@ def check_recipe(argv: list[str]) -> Run:
         UserError: on all ranks, with everything that is wrong.
     """
     if {"--help", "-h"} & set(argv):
+        from grpo_launcher.config import load_config
+
         load_config(argv)  # which ends with the list of all fields
-    # The arguments join the ranks, in the way that the environment says (DeepSpeed, DDP, one process).
-    state = TrainingArguments("unused", use_cpu=not torch.cuda.is_available(), report_to=[]).distributed_state
+    state = PartialState(cpu=not torch.cuda.is_available())  # joins the ranks: DeepSpeed, DDP or one process
     result: list[Run | UserError | None] = [None]
     if state.is_main_process:
         try:

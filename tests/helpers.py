@@ -114,6 +114,7 @@ class Launch:
         self.command_lines = set()  # (RANK or None, command line) of every process that was seen
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, MARK: self.mark, "GRPO_SHARED_MEMORY": str(self.shared_memory)}
+        environment.pop("VLLM_LOGGING_LEVEL", None)  # TRL's import sets it in this process; a user's server logs more
         command = command or ["bash", str(ROOT / "launch_train.sh"), *arguments, "--no-install"]
         with open(self.output, "wb") as file:
             self.process = subprocess.Popen(

@@ -1,12 +1,15 @@
 """Fixtures of the tests with real servers and real ranks on the CPU."""
 
-import os
+import hashlib
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from helpers import ROOT, Launch, run_python
+
+PACKAGE = ROOT / "grpo_launcher"
 
 
 def pytest_collection_modifyitems(items):
@@ -35,20 +38,27 @@ def launch():
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory):
-    """Return a function that gives the folder `name`, filled by make(folder) once for all workers of pytest-xdist."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
+def made_once(request):
+    """Return a function that gives the folder that `python -m MODULE --output FOLDER` fills.
 
-    def get(name: str, make) -> Path:
-        folder = root / name
+    pytest's cache keeps it for all workers and for later sessions, until the code or a library that makes it changes.
+    """
+    root = request.config.cache.mkdir("quickstart")
+    content = hashlib.sha256()
+    for path in sorted(path for name in ("quickstart", "datasets") for path in (PACKAGE / name).glob("*.*")):
+        content.update(path.read_bytes())
+    for package in ("torch", "transformers", "tokenizers", "trl"):
+        content.update(version(package).encode())
+
+    def get(module: str) -> Path:
+        folder = root / f"{module}-{content.hexdigest()[:12]}"
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                draft = folder.with_name(f"{name}-draft")
+                draft = root / f"{folder.name}.draft"
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
-                make(draft)
+                # Two threads: the other worker of pytest may have nothing to do but to wait for it.
+                run_python("-m", module, "--output", draft, cwd=draft, OMP_NUM_THREADS=2)
                 draft.rename(folder)
         return folder
 
@@ -58,9 +68,7 @@ def made_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def quickstart_data(made_once):
     """A folder with the quickstart's base model and posts, as `python -m grpo_launcher.quickstart` makes them."""
-    command = ["-m", "grpo_launcher.quickstart", "--output"]
-    # Two threads: the other worker of pytest may have nothing to do but to wait for it.
-    return made_once("quickstart", lambda folder: run_python(*command, folder, cwd=folder, OMP_NUM_THREADS=2))
+    return made_once("grpo_launcher.quickstart")
 
 
 @pytest.fixture

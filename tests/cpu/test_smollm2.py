@@ -13,7 +13,7 @@ def run(tmp_path_factory, launch) -> Launch:
     """The finished run. The launcher has fetched and converted the model."""
     flags = ["--max_steps", "2", "--sync", "adapter", "--use_peft", "true"]
     flags += ["--vllm_importance_sampling_correction", "true"]
-    flags += ["--per_device_train_batch_size", "2", "--num_generations", "4"]  # other tests run beside this one
+    flags += ["--per_device_train_batch_size", "2", "--num_generations", "4", "--max_completion_length", "48"]
     run = launch(tmp_path_factory.mktemp("work"), str(ROOT / "configs/smollm2_length.yaml"), *flags)
     run.process.wait(1200)
     if "from versions: none" in run.text():
@@ -42,4 +42,4 @@ def test_the_server_generates_with_the_adapter(run):
     lines = run.metrics()
     assert len(lines) == 2 and is_in_sync(lines) and max(line[SYNC_DIFFERENCE] for line in lines) < 1e-3
     log = (run.run_folder() / "server.log").read_text()
-    assert log.count('"POST /v1/load_lora_adapter HTTP/1.1" 200') == 2 and "/collective_rpc" not in log
+    assert log.count('"POST /v1/load_lora_adapter HTTP/1.1" 200') == 2 and '"POST /collective_rpc' not in log

@@ -26,7 +26,7 @@ def step(number: int, **changes) -> dict:
         "step": number,
         "reward": reward,
         "reward_std": 2.0,
-        "rewards/a/mean": reward,
+        "rewards/a/mean": reward - 1.0,
         "rewards/a/std": 2.0,
         "rewards/b/mean": 1.0,
         "rewards/b/std": 0.5,
@@ -66,10 +66,11 @@ def test_every_watched_metric_has_a_panel(tmp_path):
     assert titles | {"completions cut off (share)", "tokens per second"} < set(drawn)
 
 
-def test_a_single_reward_is_drawn_once(tmp_path):
-    lines = [{name: value for name, value in step(n).items() if "/b/" not in name} for n in (1, 2)]
+def test_the_only_reward_with_a_weight_is_drawn_once(tmp_path):
+    """The measure b beside it keeps its panel."""
+    lines = [step(n, **{"rewards/a/mean": n - 10.0}) for n in (1, 2)]
     drawn = panels(write_run(tmp_path / "run", lines))
-    assert "reward (a)" in drawn and "a" not in drawn
+    assert {"reward (a)", "b"} <= set(drawn) and not {"a", "reward (weighted sum)"} & set(drawn)
 
 
 def test_a_supervised_run_shows_its_loss(tmp_path):
@@ -234,6 +235,7 @@ def card(tmp_path):
             (run / "final-checkpoint" / name).write_text(json.dumps(content))
         for number, kept in enumerate(steps):
             pandas.DataFrame(kept).to_parquet(run / f"completions/completions_{number:05}.parquet")
+        plot_run(run)
         write_card(run / "final-checkpoint")
         return (run / "final-checkpoint/README.md").read_text()
 
