@@ -259,7 +259,10 @@ def _refuse_unused(choice: _Choice, layout: Layout, options: Options, reason: st
     # All machines have one command, that of the server too.
     is_for_server = layout.use_vllm and layout.server_url and (options.serves or options.num_nodes > 1)
     names = [] if is_for_server else names
-    names = [name for name in (*names, "max_server_restarts") if name in choice.given]
+    names = [*names, "max_server_restarts"]
+    if is_colocate or not layout.use_vllm:
+        names.append("weight_sync")
+    names = [name for name in names if name in choice.given]
     if options.colocate and not layout.use_vllm:
         names.append("--colocate")
     if (options.vllm_gpus or 1) > 1 and not is_for_server:

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from grpo_launcher import hub
+from grpo_launcher.console import end_with
 from grpo_launcher.datasets.everyday import make_rows
 from grpo_launcher.errors import UserError
 from grpo_launcher.preflight_runner import PROJECT
@@ -76,7 +77,4 @@ def _convert(packages: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        build(sys.argv[1:], __doc__, {"smollm2": make_model}, {"everyday": Task("everyday", make_rows)})
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    end_with(build, sys.argv[1:], __doc__, {"smollm2": make_model}, {"everyday": Task("everyday", make_rows)})

@@ -222,6 +222,7 @@ def test_a_server_of_the_users_own():
         value = ["--x"] if field == "vllm_server_args" else 2
         assert choose(4, **url, **{field: value})[2] == [field]
     assert choose(1, vllm_server_args=["--x"])[2] == ["vllm_server_args"], "colocate starts none either"
+    assert choose(1, weight_sync="disk")[2] == ["weight_sync"] and choose(4, weight_sync="disk", **url)[2] == []
 
 
 def test_a_lost_server_is_started_again_where_it_can_be_used():
