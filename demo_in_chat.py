@@ -109,8 +109,8 @@ def write_report(args: argparse.Namespace, lineup, settings, report, console) ->
         for row in [row for row in rows if isinstance(row["prompt"], str)]:
             row["prompt"] = chat_prompt(is_seq2seq, settings.system_prompt, [], row["prompt"])
     for row in [row for row in rows if isinstance(row["prompt"], list) and args.system_prompt is not None]:
-        *earlier, last = [message for message in row["prompt"] if message["role"] != "system"]
-        row["prompt"] = chat_prompt(False, args.system_prompt, earlier, last["content"])
+        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+        row["prompt"] = system + [message for message in row["prompt"] if message["role"] != "system"]
     rewards = evaluate.RewardSet.of_run(lineup.run, list(rows[0]))
     frame = evaluate.evaluate(lineup.models, {"prompts": rows}, rewards, settings)
     report.facts[-1] = str(settings)

@@ -78,7 +78,8 @@ def main(argv: list[str]) -> int:
         callbacks=[end_on_request, RunLog(run.folder, is_sft=is_sft), guards],
         longest_prompt=run.longest_prompt or run.max_prompt,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    with plugins.no_exit("a reward, a tool or an environment"):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     save(trainer, run, is_whole=not guards.stopped and not end_on_request.has_ended)
     return EXIT_GUARD if guards.stopped else 0
 

@@ -8,10 +8,12 @@ import dataclasses
 import enum
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 from transformers import Seq2SeqTrainingArguments
@@ -54,7 +56,8 @@ RANGES = {
     "at least 0": (lambda n: n >= 0, [
         "learning_rate", "beta", "epsilon", "epsilon_high", "weight_decay", "max_grad_norm", "warmup_steps",
         "sample_every", "resample_groups", "reward_timeout", "max_server_restarts", "max_restarts",
-        "max_tool_calling_iterations", "vllm_server_timeout"]),
+        "max_tool_calling_iterations", "vllm_server_timeout", "dataloader_num_workers"]),
+    "from 0 to under 1": (lambda n: 0 <= n < 1, ["adam_beta1", "adam_beta2"]),
     "more than 0 and at most 1": (lambda n: 0 < n <= 1, ["top_p", "vllm_gpu_memory_utilization"]),
     "from 0 to 1": (lambda n: 0 <= n <= 1, ["min_p", "top_entropy_quantile", "lora_dropout"]),
     "from 1 to 65535": (lambda n: 1 <= n <= 65535, ["vllm_server_port", "vllm_group_port"]),
@@ -324,6 +327,12 @@ def _require(values: dict) -> None:
         raise UserError("hub_token", problem, "set HF_TOKEN in the environment, or run `hf auth login` once")
     if values["push_to_hub"] and not values["hub_model_id"]:
         raise UserError("push_to_hub", "hub_model_id is missing", "give it, for example you/short-summaries")
+    url, host = values["vllm_server_base_url"], values["vllm_server_host"]
+    parts = urlsplit(url or "http://localhost")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        raise UserError("vllm_server_base_url", f"{url} is no address of a server", "write http://HOST:PORT")
+    if re.search(r"[/\s]", host):
+        raise UserError("vllm_server_host", f"{host} is no name of a machine", "write it without http:// and port")
     if values["vllm_server_args"] and not values["vllm_server_args"][0].startswith("-"):
         # vLLM would take it for a model, which it has already, and say nothing.
         problem = f"{values['vllm_server_args'][0]!r} is no flag of the server"

@@ -1,5 +1,6 @@
 """Datasets: load the splits, look at the prompts, count their tokens, leave long prompts of a stream out."""
 
+import glob
 import hashlib
 import json
 import os
@@ -26,10 +27,16 @@ def load_splits(dataset_name: str, dataset_config: str | None = None, streaming:
     suffix = path.suffix.lower()
     if path.is_file() and suffix not in FILE_TYPES:
         raise UserError(dataset_name, f"unknown ending {suffix}", FORMS)
+    if path.is_file() and dataset_config:
+        raise UserError(dataset_name, f"dataset_config is {dataset_config}, and a file has none", "leave it out")
+    if path.exists() and ("::" in dataset_name or (path.is_dir() and glob.escape(dataset_name) != dataset_name)):
+        problem = "datasets reads :: in a path, and * ? [ ] in that of a folder, as more than letters"
+        raise UserError(dataset_name, problem, "give it another name")
     try:
         if path.is_file():
-            options = {"data_files": {"train": dataset_name}} | ({"sep": "\t"} if suffix == ".tsv" else {})
-            splits = load_dataset(FILE_TYPES[suffix], streaming=streaming, **options)
+            options = {"sep": "\t"} if suffix == ".tsv" else {}
+            files = {"train": glob.escape(dataset_name)}
+            splits = load_dataset(FILE_TYPES[suffix], data_files=files, streaming=streaming, **options)
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             splits = load_from_disk(dataset_name).with_format(None)
             splits = {"train": splits} if isinstance(splits, Dataset) else splits
@@ -49,15 +56,21 @@ def _check_format(split: Dataset | IterableDataset) -> Dataset | IterableDataset
     if split.builder_name == "csv" and "__index_level_0__" in (split.column_names or []):
         raise ValueError("line 2 has more cells than the header")  # pandas took its first cells for an index
     prompt_type = str((split.features or {}).get("prompt"))
-    return split.map(_join_text_parts) if "Json" in prompt_type or "'text'" in prompt_type else split
+    is_plain = not any(word in prompt_type for word in ("Json", "'text'", "tool_calls"))
+    return split if is_plain else split.map(_with_text_contents)
 
 
-def _join_text_parts(row: dict) -> dict:
-    """Write a content that is a list of text parts as text: the templates of text models take no lists."""
+def _with_text_contents(row: dict) -> dict:
+    """Write as text the content of a message that is a list of text parts, or null beside tool calls, as OpenAI does.
+
+    The templates of text models take no lists, and TRL reads each content.
+    """
     with suppress(AttributeError, KeyError, TypeError):  # check_prompt refuses what has another form
         for message in row["prompt"]:
             if isinstance(message.get("content"), list):
                 message["content"] = "".join(part["text"] for part in message["content"])
+            elif message.get("content") is None and message.get("tool_calls"):
+                message["content"] = ""
     return row
 
 
@@ -106,6 +119,9 @@ def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_o
     for start in tqdm(batches, desc="counting tokens", unit="k rows", disable=len(prompts) < 20_000):
         texts = prompts[start : start + 1000]
         if is_chat := not isinstance(texts[0], str):
+            if tokenizer.chat_template is None:
+                fix = "take an instruct model's tokenizer, or plain-text prompts"
+                raise UserError(tokenizer.name_or_path, "it has no chat template, and the prompts are messages", fix)
             options = {"add_generation_prompt": True, "tokenize": False} | template_options
             try:
                 texts = tokenizer.apply_chat_template(texts, **options)
@@ -137,9 +153,10 @@ def longest_prompt(split: Dataset | IterableDataset, tokenizer: PreTrainedTokeni
 
     They come from the column that process_dataset.py wrote, where it used this tokenizer and no other template.
     """
-    if isinstance(split, Dataset) and "prompt_tokens" in split.column_names and not template_options:
+    is_counted = isinstance(split, Dataset) and {"prompt_tokens", "prompt_tokenizer"} <= set(split.column_names)
+    if is_counted and not template_options:
         digits = tokenizer_mark("", tokenizer).split()[-1]
-        if {mark.split()[-1] for mark in split.unique("prompt_tokenizer")} == {digits}:
+        if {str(mark).split()[-1] for mark in split.unique("prompt_tokenizer")} == {digits}:
             return max(split["prompt_tokens"])
     return max(count_tokens(list(column_values(split, "prompt")), tokenizer, **template_options))
 

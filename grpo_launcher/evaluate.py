@@ -19,7 +19,7 @@ from tqdm import tqdm
 from grpo_launcher import plugins, runs
 from grpo_launcher.chat.backends import Completion, Prompt, describe_error
 from grpo_launcher.chat.models import GenerationSettings, locate
-from grpo_launcher.data import FILE_TYPES, load_splits
+from grpo_launcher.data import FILE_TYPES, check_prompt, load_splits
 from grpo_launcher.errors import UserError, first_line
 from grpo_launcher.messages import last_reply, tool_calls
 from rewards.repetition import distinct_words_reward, ngram_repetition_reward
@@ -345,6 +345,8 @@ def data_rows(data: str, splits: list[str], limit: int | None = None, config: st
             raise UserError(field, problem)
         counts = [name for name in ("prompt_tokens", "prompt_tokenizer") if name in columns]  # of process_dataset.py
         rows[split] = dataset[split].remove_columns(counts).to_list()[:limit]
+        for number, row in enumerate(rows[split], 1):
+            check_prompt(row["prompt"], isinstance(row["prompt"], list), f"{data}, split {split}, row {number}")
     return rows
 
 

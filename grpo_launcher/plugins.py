@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from types import ModuleType
 
@@ -39,9 +39,15 @@ def load_object(name: str, field: str):
     file, colon, attribute = name.rpartition(":")
     if not colon:
         file, _, attribute = name.rpartition(".")
-    with contextlib.chdir("."):  # whatever the module does
-        module = _load_file(file, field) if colon else _import_module(file, name, field)
+    try:
+        with contextlib.chdir("."):  # whatever the module does
+            module = _load_file(file, field) if colon else _import_module(file, name, field)
+    except SystemExit as error:
+        problem = f"{file} calls sys.exit({error.code!r}) while it is loaded"
+        raise UserError(field, problem, 'put what it does as a program under `if __name__ == "__main__":`') from error
     found = getattr(module, attribute, None)
+    if not callable(found) and hasattr(module, attribute):
+        raise UserError(field, f"{module.__file__}: {attribute} is no function")
     if not callable(found):
         known = [known for known in vars(module) if not known.startswith("_")]
         raise UserError(field, f"{module.__file__} has no function {attribute}", did_you_mean(attribute, known))
@@ -58,6 +64,8 @@ def _load_file(file: str, field: str) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # for the file's own imports; last, so that nothing installed is hidden
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise UserError(field, f"{file} is no file of Python", "give it a name that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -164,18 +172,28 @@ def _bind_reward(name: str, options: dict, columns: list[str] | None, timeout: f
     if is_reward_model(name):
         return name
     function = load_object(name, "reward_funcs")
-    if not hasattr(function, "__name__"):  # a partial, or an object with __call__, which may be async
+    own_name = re.split("[.:]", name)[-1]
+    if getattr(function, "__name__", None) != own_name:  # a partial, a lambda, a method, an object with __call__
         loaded = function
-        function = functools.partial(loaded if isinstance(loaded, functools.partial) else loaded.__call__)
-        function.__name__ = re.split("[.:]", name)[-1]
-        if hasattr(loaded, "ready"):
-            function.ready = loaded.ready
+        is_function = isinstance(loaded, functools.partial) or inspect.isroutine(loaded)
+        function = functools.partial(loaded if is_function else loaded.__call__)  # which may be async
+        function.__name__ = own_name
+        for kept in ("ready", "check_gold"):
+            if hasattr(loaded, kept):
+                setattr(function, kept, getattr(loaded, kept))
     parameters = inspect.signature(function).parameters.values()
-    settable = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    settable = [option for option, default in defaults.items() if default is not inspect.Parameter.empty]
     given = options.pop(function.__name__, {})
-    for option in given:
+    for option, value in given.items():
+        if option in defaults and option not in settable:
+            fix = f"write {option}=VALUE among its parameters: without a default it is a column of the dataset"
+            raise UserError("reward_kwargs", f"{name}: its option {option} has no default", fix)
         if option not in settable:
             raise UserError("reward_kwargs", f"{name} has no option {option}", did_you_mean(option, settable))
+        if isinstance(value, str) and isinstance(defaults[option], int | float):
+            fix = "write it without quotes, as 1.0e-2 and not 1e-2, or true or false"
+            raise UserError("reward_kwargs", f"{function.__name__}: {option} is the text {value!r}", fix)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         fix = "let its parameters end in **kwargs: TRL passes every column and more as keywords"
         raise UserError("reward_funcs", f"{name} takes no further keywords", fix)
@@ -192,16 +210,17 @@ def _with_checked_scores(function: Callable, options: dict, timeout: float) -> C
     """Bind options, and check every result: one finite number or None a completion.
 
     TRL does not look for inf and nan. Under group scaling one of them silently sets its group's advantages to 0.
-    A reward that needs a service has an attribute `ready`: a function of the same options that raises ValueError where
-    the service cannot be had. It is called once before a run. An attribute `check_gold` is kept: a function of one
-    value of the column that the reward needs, which raises ValueError where it cannot be used, and takes None.
+    A reward that needs a service has an attribute `ready`: a function of the same options that raises ValueError or
+    OSError where the service cannot be had. It is called once before a run. An attribute `check_gold` is kept: a
+    function of one value of the column that the reward needs, which raises ValueError where it cannot be used, and
+    takes None.
     """
     home = os.getcwd()  # the run's folder is relative to it, whatever the function does
 
     @functools.wraps(function)
     def reward(completions, **columns):
         try:
-            with _time_limit(timeout):
+            with _time_limit(timeout), no_exit(f"the reward {function.__name__}"):
                 scores = function(completions=completions, **options, **columns)
                 return check_scores(scores, completions, function.__name__)
         except _OutOfTime:
@@ -235,7 +254,8 @@ class AsyncReward:
         name = self.__name__
         try:
             async with asyncio.timeout(self._timeout or None) as limit:
-                scores = await self.__wrapped__(completions=completions, **self._options, **columns)
+                with no_exit(f"the reward {name}"):
+                    scores = await self.__wrapped__(completions=completions, **self._options, **columns)
                 return check_scores(scores, completions, name)
         except TimeoutError:
             if not limit.expired():
@@ -243,6 +263,15 @@ class AsyncReward:
             return _unrated(name, completions, self._timeout)
         finally:
             os.chdir(self._home)
+
+
+@contextlib.contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Turn a user's sys.exit() into an error: it would end the run as if all were well."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"{what} called sys.exit({error.code!r})") from error
 
 
 class _OutOfTime(BaseException):

@@ -23,6 +23,7 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from trl import ModelConfig, get_peft_config
 
 from grpo_launcher import hub, plugins, runs, seq2seq
@@ -174,11 +175,10 @@ class _Check:
         except UserError as error:
             self.report.problems.append(str(error))
         self._full_sampling()
-        is_quantized = values["load_in_4bit"] or values["load_in_8bit"]
-        if is_quantized and values["parallel"] == "zero3":
-            self.refuse("parallel", "ZeRO-3 cannot shard quantised weights", "leave it out, or ddp")
-        if is_quantized and not values["use_peft"]:
-            self.refuse("use_peft", "quantised weights cannot be trained themselves", "use_peft: true")
+        self._lora()
+        self._packages()
+        if values["remove_unused_columns"] and values["method"] != "sft":
+            self.refuse("remove_unused_columns", "true would keep the columns from the rewards", "leave it out")
         if values["sync_ref_model"] and values["beta"] == 0:
             self.refuse("sync_ref_model", "with beta 0 there is no reference model", "set beta, for example 0.04")
         if values["sync_ref_model"] and values["use_peft"]:
@@ -192,8 +192,28 @@ class _Check:
             self.refuse("max_steps", "a stream has no length", "give the number of steps, for example max_steps: 200")
         if values["resample_groups"]:
             self._resampling()
+
+    def _lora(self) -> None:
+        values, given = self.report.values, self.report.given
+        is_quantized = values["load_in_4bit"] or values["load_in_8bit"]
+        if is_quantized and values["parallel"] == "zero3":
+            self.refuse("parallel", "ZeRO-3 cannot shard quantised weights", "leave it out, or ddp")
+        if is_quantized and not values["use_peft"]:
+            self.refuse("use_peft", "quantised weights cannot be trained themselves", "use_peft: true")
+        if not values["use_peft"] and "use_peft" not in given:
+            for name in [name for name in given if name.startswith("lora_") or name == "use_dora"]:
+                self.refuse(name, "it has no effect: nothing asks for LoRA", "use_peft: true, or leave it out")
         if values["use_peft"] and self.meta_model is not None:
             self._check_lora_targets()
+
+    def _packages(self) -> None:
+        """Refuse what needs a package that is looked for only when the model is loaded."""
+        values = self.report.values
+        wants_flash = values["attn_implementation"] == "flash_attention_2" and self.hardware.is_real
+        if wants_flash and not is_flash_attn_2_available():
+            self.refuse("attn_implementation", "the package flash-attn is not installed", "leave it out")
+        if values["use_liger_kernel"] and not is_liger_kernel_available():
+            self.refuse("use_liger_kernel", "the package liger-kernel is not installed", "leave it out")
 
     def _resampling(self) -> None:
         """Refuse what would mix the rows of two generations wrongly."""
@@ -274,19 +294,19 @@ class _Check:
     def _rewards_ready(self, rewards: list) -> None:
         """Ask the rewards that can be asked, and count the weights that each rank will keep for them."""
         parameters = 0
-        for reward in rewards:
+        for reward in (reward for reward in rewards if isinstance(reward, str)):
             try:
-                if isinstance(reward, str):
-                    config = AutoConfig.from_pretrained(reward, num_labels=1)
-                    with torch.device("meta"):
-                        model = AutoModelForSequenceClassification.from_config(config)
-                    parameters += model.num_parameters()
-                elif hasattr(reward, "ready"):
-                    parameters += reward.ready() or 0
-            except OSError:
+                config = AutoConfig.from_pretrained(reward, num_labels=1)
+                with torch.device("meta"):
+                    model = AutoModelForSequenceClassification.from_config(config)
+                parameters += model.num_parameters()
+            except (OSError, ValueError):
                 self.refuse("reward_funcs", f"{reward} is no reward model that can be read", hub.hint())
-            except ValueError as error:
-                self.report.missing.append(f"reward_kwargs: {error}")
+        for reward in (reward for reward in rewards if hasattr(reward, "ready")):
+            try:
+                parameters += reward.ready() or 0
+            except (OSError, ValueError) as error:
+                self.report.missing.append(f"reward_kwargs: {reward.__name__}: {error}")
         if self.report.model:
             self.report.model.reward_parameters = parameters
 
@@ -344,8 +364,10 @@ class _Check:
     def _rows(self, name: str, rows: list[dict], template_options: dict) -> None:
         """Look at the prompt of every row, and count its tokens. `rows` are the first ones of the training split."""
         values, data, is_chat = self.report.values, self.report.data, isinstance(rows[0]["prompt"], list)
-        for column in sorted(plugins.TRL_KEYWORDS & set(data.columns)) if values["method"] != "sft" else []:
-            self.refuse("dataset_name", f"{name} has a column {column}, and TRL gives rewards its own", "rename it")
+        taken = dict.fromkeys(plugins.TRL_KEYWORDS, "TRL gives rewards its own")
+        taken |= dict.fromkeys(["image", "images"], "TRL takes it for a picture")
+        for column in sorted(set(taken) & set(data.columns)) if values["method"] != "sft" else []:
+            self.refuse("dataset_name", f"{name} has a column {column}, and {taken[column]}", "rename it")
         try:
             mark = 0
             for split, part in self.splits.items():

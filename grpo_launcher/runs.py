@@ -167,6 +167,9 @@ def missing_part(checkpoint: Path, ranks: int = 1) -> str | None:
     for name in ["trainer_state.json", *random_states]:
         if not (checkpoint / name).exists():
             return f"{name} is not there"
+    shards = list(checkpoint.glob("global_step*/*_optim_states.pt"))  # of DeepSpeed, one a rank
+    if any(checkpoint.glob("global_step*")) and not ((checkpoint / "latest").exists() and len(shards) >= ranks):
+        return "latest, or a rank's *_optim_states.pt, is not there"
     cut_off = (path.name for path in sorted(checkpoint.rglob("*")) if not _is_whole(path))
     return next((f"{name} was cut off" for name in cut_off), None)
 

@@ -8,44 +8,59 @@ from typing import NamedTuple
 from grpo_launcher.messages import ToolCall, gold_value, last_reply, tool_calls, without_marks
 
 MAX_FAILED = 3  # failed calls that cost: more of them are no reason to stop trying
-_SIGNS = {"．": ".", "，": ",", "－": "-", "−": "-", "–": "-", "／": "/", "⁄": "/", "％": "%", "＄": "$", "￥": "¥"}
+_SIGNS = dict(zip("−–\u2010\u2011\u2012\ufe63\u207b⁄٫٬٪", "-------/.,%", strict=True))
+_SUPERSCRIPTS = str.maketrans("⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "+-0123456789")
+_CURRENCY, _CODES = "$€£¥₹₩₽", "USD|EUR|GBP|JPY|CNY|RMB|KRW|INR"
 _SPACES = "\u00a0\u2000-\u200a\u202f\u205f\u3000"  # but for the plain one, which stands between two numbers as well
 _FRAC = r"\\(?:[dtcs]|nice)?frac"
 _ARGUMENT = r"\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))"
 _REWRITES = [  # what LaTeX and Unicode write in a number, and how it is read here
     (r"\\(?:!|(?:left|right|displaystyle)(?![A-Za-z]))", ""),
     (r"\\([$%])", r"\1"),
-    (r"\{,\}", ","),
+    (r"\{,\}(?=\d{3}(?!\d))", ","),
+    (r"(?<=\d)\{,\}(?=\d)", "."),
     (r"\\[,;: ]|~", "\u2009"),
     (rf"(?<=\d)(?<!\d{{4}})[{_SPACES}'’](?=\d{{3}}(?!\d))", ""),
     (rf"[{_SPACES}]", " "),
     (r"\^\s*\{?\s*\\circ\b\s*\}?|\\degree\b", "°"),
-    (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*(?:\{\s*([+-]?\d+)\s*\}|([+-]?\d+))", r"e\1\2"),
+    (r"(?<=\d)\s*(?:\\times|\\cdot|[×·*xX])\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?\d+)\s*\}|([+-]?\d+))", r"e\1\2"),
     (rf"(?<=\d)\s*(?={_FRAC})", " "),
     (_FRAC + 2 * _ARGUMENT, r"\1\2/\3\4"),
     (r"([={$])[ ]*-[ ]+(?=[\d.])", r"\1-"),
+    (r"(?<![^\s*])(_{1,3})([^_\n]+)\1(?![\w{])", r"\2"),  # Markdown's marks
+    (r"([_^])\s*(?:\{[^{}]*\}|\([^()]*\)|[+-]?\d+(?:\.\d+)?)", r"\1"),  # an index or exponent is no number
+    (r"^\s*\(([^(),]*)\)\s*$", r"\1"),
+    (r"^\s*-?\d{1,3}(?: \d{3})+\s*$", lambda match: match[0].replace(" ", "")),
 ]
-_SIZE = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
+# Three digits behind a comma are thousands, but for those behind 0; (1,2) is a point.
+_DECIMAL_COMMA = re.compile(r"(?<![\w.,(\[])(?<!\\\{)(\d+(?:\.\d{3})*),(?:(?<=\b0,)|(?!\d{3}(?!\d)))(\d+)(?![.,]?\d)")
+_SIZE = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][+-]?\d+)?"
 _NUMBER = re.compile(
     rf"""
-    (?P<sign> (?<![\w)%])- (?:[A-Z]{{0,3}}[$€£¥₹][ ]?)? )?   # a minus right behind a digit subtracts
-    (?<![\w^])(?<![_^]\{{)                                  # no digit of a word, index or exponent: CO2, m^2
+    (?P<sign> (?<![\w)%^])- (?:[A-Z]{{0,3}}[{_CURRENCY}][ ]?)? )?  # a minus right behind a digit subtracts
+    (?<![\w^])(?<![_^]\{{)                                        # no digit of a word, index or exponent: CO2, m^2
     (?: (?P<whole>\d+)[ ]+(?=\d+/) )? (?P<size>{_SIZE}) (?: [ ]?/[ ]?(?P<below>{_SIZE}) )?
     (?P<percent> [ ]?(?:%|percent\b) )?
     """,
     re.ASCII | re.VERBOSE,
 )
-# What makes a number a part of something that is not read here: \sqrt{2}, 2^{10}, 3π.
-_PART_BEHIND = re.compile(r"(?:√|\\[A-Za-z]+(?:\[[^][]*\])?(?:\{[^{}]*\})*\{[^{}]*|\\sqrt)\s*$")
-_PART_BEFORE = re.compile(r"\s*(?:\^\s*\{?\s*[-\d]|[⁰¹²³⁴-⁹√π]|\\(?:sqrt|pi)(?![A-Za-z]))")
-# What may stand around the number of a whole answer: x =, a currency, a unit, marks. "3 million" is another number.
+# What makes a number a part of something that is not read here: \sqrt{2}, 2^{10}, 3π, 1/-2, 1,2,3, 5 million.
+_PART_BEHIND = re.compile(r"(?:√|\\[A-Za-z]+(?:\[[^][]*\])?(?:\{[^{}]*\})*\{[^{}]*|\\sqrt|/)\s*$|\d[.,]$")
+_SCALE = (
+    r"(?:hundred|thousand|million|billion|trillion|lakh|crore|hal[fv]|third|(?:four|fif|six|ten)th)"
+    r"|[十百万萬亿億半]|[千兆](?![克米瓦])"
+)
+_PART_BEFORE = re.compile(rf"\s*(?:\^|[√π]|\\(?:sqrt|pi)(?![A-Za-z]))|[ $*-]*(?:{_SCALE})", re.I)
+# What may stand around the number of a whole answer: x =, a currency, a unit, marks.
 _MARKS = r"[\s$*`\"'“”‘’]*"
-_BEFORE = re.compile(rf"{_MARKS}(?:\\?[A-Za-z]+\s*[=:])?\s*\+?(?:[A-Z]{{0,3}}[$€£¥₹])?{_MARKS}")
-_UNIT = r"\s+(?:[A-Za-z./]{2,}|[mgshL])(?:\^\{?\d\}?|[²³])?|\s*[\u4e00-\u9fff]"
-_AFTER = re.compile(rf"{_MARKS}(?:°\s*[CF]?)?(?:{_UNIT})*\.?{_MARKS}")
-_SCALE = r"hundred|thousand|million|billion|trillion|dozen|lakh|crore|hal[fv]|third|quarter|(?:four|fif|six|ten)th"
-_SCALE = re.compile(
-    rf"\b(?:{_SCALE}|(?:and|or|to|plus|minus|times|over|pi|squared|base|mod)\b)|[十百千万萬亿億兆半]", re.I
+_LABEL = r"\\?[A-Za-z\u4e00-\u9fff]+\s*[=:]"
+_BEFORE = re.compile(rf"{_MARKS}(?:{_LABEL})?\s*\+?(?:[A-Z]{{0,3}}[{_CURRENCY}]|(?:{_CODES})\s)?{_MARKS}")
+_UNIT = r"\s+(?:[A-Za-zµμΩ./]{2,}|[mgshLNVKWJΩ])(?:\^|[23])?|\s*[\u4e00-\u9fff\uac00-\ud7af]"
+_SIGN = rf"[{_CURRENCY}℃℉]|°\s*[CF]?|(?:[kcmµμ]m(?:/[hs])?|kg)(?:\^|[23])?"  # no letters that may be a product: 2mg
+_AFTER = re.compile(rf"{_MARKS}(?:{_SIGN})?(?:{_UNIT})*\.?{_MARKS}")
+# In running text dozens may be what is asked for, and quarters are coins.
+_OTHER = re.compile(
+    rf"\b{_SCALE}|\b(?:dozen|quarter)|\b(?:and|or|to|plus|minus|times|over|pi|squared|base|mod)\b", re.I
 )
 
 
@@ -62,9 +77,11 @@ def last_number(text: str, whole: bool = False) -> Number | None:
     None where it is only a part of something else, such as \sqrt{2}. With `whole` nothing but a unit may stand beside
     it; for GSM8K what stands behind #### counts.
     """
-    text = "".join(map(_to_ascii, text.rpartition("####")[2] if whole else text))
+    text = in_ascii(text.rpartition("####")[2] if whole else text)
     for pattern, replacement in _REWRITES:
         text = re.sub(pattern, replacement, text)
+    if not whole:  # a whole 1,2 may be a list
+        text = _DECIMAL_COMMA.sub(lambda match: f"{match[1].replace('.', '')}.{match[2]}", text)
     text = without_marks(text)
     matches = list(_NUMBER.finditer(text))
     if not matches:
@@ -76,7 +93,7 @@ def last_number(text: str, whole: bool = False) -> Number | None:
         return None
     is_mixed = size < below  # 1 1/2 is 1.5, but "2 10/5" are two numbers
     is_alone = _BEFORE.fullmatch(before) and _AFTER.fullmatch(after) and (is_mixed or not match["whole"])
-    if whole and (not is_alone or _SCALE.search(after)):
+    if whole and (not is_alone or _OTHER.search(after)):
         return None
     value = size / below if below else size
     if is_mixed:
@@ -86,12 +103,20 @@ def last_number(text: str, whole: bool = False) -> Number | None:
     return Number(value, bool(match["percent"])) if math.isfinite(value) else None
 
 
+def in_ascii(text: str) -> str:
+    r"""Write digits of any alphabet, signs and full-width characters in ASCII, ½ as \frac{1}{2} and ² as ^{2}."""
+    text = re.sub("[⁺⁻]?[⁰¹²³⁴-⁹]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+    return "".join(map(_to_ascii, text))
+
+
 def _to_ascii(char: str) -> str:
-    r"""Return a digit of any alphabet and a sign in ASCII, and ½ as \frac{1}{2}."""
     if char.isdecimal():
         return str(unicodedata.decimal(char))
-    above, _, below = unicodedata.normalize("NFKC", char).partition("⁄")
-    return rf"\frac{{{above}}}{{{below}}}" if above and below else _SIGNS.get(char, char)
+    plain = unicodedata.normalize("NFKC", char)
+    above, _, below = plain.partition("⁄")
+    if above and below:
+        return rf"\frac{{{above}}}{{{below}}}"
+    return plain if "！" <= char <= "￦" else _SIGNS.get(char, char)  # the full-width ones
 
 
 def calculation_reward(

@@ -14,13 +14,17 @@ _INTRODUCTION = (
     r"(?:the\s+)?(?:correct\s+|right\s+)?(?:answer|option|choice|正確|正确)?\s*"
     r"(?:選項|选项|答案|選擇|选择|選|选)?\s*(?:is|是|為|为)?\s*:?\s*"
 )
-_OPEN, _CLOSE = r"[(\[{<【]?", r"[)\]}>】]?"
-# What may follow it: punctuation and any text, a space and no word ("A dog"), or Chinese text.
-_REST = r"(?:\s*[.。、,:;!-].*|\s+(?![a-z]).*|(?=[\u3400-\u9fff]).*)?"
+_OPEN, _CLOSE = r"[(\[{<【]?", r"[)\]}>】]"
+# What may follow it: any text behind a bracket or punctuation, a space and no word ("A dog"), or Chinese text.
+_REST = rf"(?:{_CLOSE}.*|\s*[.。、,:;!-].*|\s+(?![a-z]).*|(?=[\u3400-\u9fff]).*)?"
+_DENIED = rf"{_CLOSE}?\s*(?:不|錯|错|以外|除外)"
 _MARKS = re.compile(r"[*_`$~\"“”„«»「」『』《》]|(?<![a-z])['’‘]|['’‘](?![a-z])")  # "don't" keeps its own
-_LETTER = re.compile(rf"{_INTRODUCTION}{_OPEN}([a-d]){_CLOSE}{_REST}", re.DOTALL)
-_JOINED = r"\s*(?:[,、/&+]|\b(?:and|or)\b|和|或|及|與|与)\s*"
-_SEVERAL = re.compile(rf"{_INTRODUCTION}{_OPEN}[a-d]{_CLOSE}{_JOINED}{_OPEN}[a-d](?![a-z])")
+_LETTER = re.compile(rf"{_INTRODUCTION}{_OPEN}([a-d])(?!{_DENIED}){_REST}", re.DOTALL)
+_JOINED = r"(?:\s*[.;]?\s*(?:[,、/&+]|\b(?:and|or)\b|和|或者?|及|與|与|跟|還是|还是))+\s*[選选]?"
+_SEVERAL = re.compile(
+    rf"{_INTRODUCTION}{_OPEN}[a-d]{_CLOSE}?"
+    rf"(?:{_JOINED}\s*{_OPEN}[a-d](?![a-z])|\s*(?:[.;-]|(?=[(\[【]))\s*{_OPEN}[a-d](?:{_CLOSE}|\s*[.;-]|$))"
+)
 
 _TAG = re.compile(r"</?(?:reasoning|answer)>")
 _WHOLE = re.compile(r"\s*<reasoning>(.*?)</reasoning>\s*<answer>(.*?)</answer>\s*", re.DOTALL)

@@ -38,6 +38,16 @@ _RATING = re.compile(
     r"($|\s?[.,;:!?。、)\]].*|\n.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_OBJECT = re.compile(r"[\s`]*(?:json\s*)?\{.*\}[\s`]*", re.DOTALL | re.IGNORECASE)
+_MARKED = re.compile(rf"(?:(?:(?!\[\[).)*{_LABEL}[\s:=]*)?\[\[([^][]+)\]\]\W*", re.DOTALL | re.IGNORECASE)
+
+
+class _NoCompletion(ValueError):
+    """A response without an answer, and what to do about it."""
+
+    def __init__(self, problem: str, fix: str):
+        super().__init__(problem)
+        self.fix = fix
 
 
 @dataclass(frozen=True)
@@ -156,29 +166,35 @@ def check_service(form: Form, options: dict) -> None:
     Raises:
         ValueError: as in `judge_ready`.
     """
+    import httpx
     import openai
 
     url, model = options["base_url"], options["model"]
-    if not isinstance(url, str) or not _ADDRESS.fullmatch(url):
+    try:
+        is_address = _ADDRESS.fullmatch(url) and (httpx.URL(url).port or 0) <= 65535
+    except (TypeError, ValueError, httpx.InvalidURL):
+        is_address = False
+    if not is_address:
         raise ValueError(f"{form.reward}: base_url is {url!r} and no address. Fix: write http://HOST:PORT/v1.")
     for name, least in {"concurrency": 1, "retries": 0, "max_tokens": 1, "timeout": 0.001}.items():
         kind = int | float if name == "timeout" else int
         if not isinstance(options[name], kind) or isinstance(options[name], bool) or not options[name] >= least:
             wanted = f"{'a number' if name == 'timeout' else 'an integer'} from {least} up, without quotes"
             raise ValueError(f"{form.reward}: {name} is {options[name]!r}. Fix: write {wanted}.")
+    client = _client(url, options["timeout"], retries=0)  # here, as what it says of the key needs no other fix
 
     async def ask():
-        async with _client(url, options["timeout"], retries=0) as client:
+        async with client:
             await _ask(client, form, model, "What is two and two?", "Four.", options["max_tokens"])
 
     try:
         asyncio.run(ask())
     except (openai.OpenAIError, ValueError) as error:
-        key_fix = "set JUDGE_API_KEY"
+        key_fix, status = "set JUDGE_API_KEY", getattr(error, "status_code", 0)
         fixes = {401: key_fix, 403: key_fix, 404: f"take a model that {url}/models lists, and end base_url in /v1"}
-        fix = fixes.get(
-            getattr(error, "status_code", None), "raise max_tokens, or take another model or other instructions"
-        )
+        fixes |= {402: "pay for the account of the key", 429: "wait, lower `concurrency`, or pay for a higher limit"}
+        fix = fixes.get(status, "raise max_tokens, or take another model or other instructions")
+        fix = "see the server's log" if status >= 500 else getattr(error, "fix", fix)
         if isinstance(error, openai.APIConnectionError):
             fix = f"start it (`ollama serve` and `ollama pull {model}`, or `vllm serve {model}`), or raise `timeout`"
             fix += ". For a server elsewhere, check base_url, https_proxy and all_proxy as well"
@@ -195,12 +211,18 @@ async def _ask(client, form: Form, model: str, prompt: str, completion: str, max
     system = {"role": "system", "content": form.instructions + GUARD.format(nonce=nonce)}
     user = {"role": "user", "content": "\n".join([f"BEGIN {nonce}", *material, f"END {nonce}"])}
     request = {"model": model, "messages": [system, user], "temperature": 0, "max_tokens": max_tokens}
-    response = await _send(client, request | {"response_format": form.response_format()})
+    try:
+        response = await _send(client, request | {"response_format": form.response_format()})
+    except json.JSONDecodeError as error:
+        response = error.doc
     try:
         choice = response.choices[0]
         answer = last_reply([{"role": "assistant", "content": choice.message.content}])
     except (AttributeError, IndexError, TypeError):
-        raise ValueError(f"the response is no chat completion: {response!r:.100}") from None
+        if told := getattr(response, "error", None):
+            raise _NoCompletion(f"the server reports an error: {told!r}", "see the server's log") from None
+        fix = "end base_url in /v1, at a server that speaks OpenAI's protocol"
+        raise _NoCompletion(f"the response is no chat completion: {response!r:.100}", fix) from None
     score = form.read(answer)
     if score is None:
         each = f" for each of {', '.join(form.fields)}" if len(form.fields) > 1 else ""
@@ -209,6 +231,9 @@ async def _ask(client, form: Form, model: str, prompt: str, completion: str, max
             problem = "the answer is empty"
         if choice.finish_reason == "length":
             problem = f"the answer, or the reasoning before it, was cut off at max_tokens {max_tokens}"
+        refusal = getattr(choice.message, "refusal", None)
+        if refusal or choice.finish_reason == "content_filter":
+            problem = f"the judge refuses to rate: {refusal or 'content_filter'}"
         raise ValueError(problem)
     return score
 
@@ -237,14 +262,29 @@ async def _send(client, request: dict):
 
 
 def read_score(answer: str | None) -> float | None:
-    """Return the one rating at the beginning of an answer, behind <think>…</think>; None for none or several."""
-    text = unicodedata.normalize("NFKC", without_thoughts(answer or "")).translate(_SIMPLIFIED)
+    """Return the one rating of an answer, behind <think>…</think>; None for none or several.
+
+    It is the `score` of a JSON object, a number in [[…]] at the end, or the number at the beginning.
+    """
+    text = without_thoughts(answer or "")
+    if _OBJECT.fullmatch(text):
+        text = json_texts(text).get("score", text)
+    text = unicodedata.normalize("NFKC", text).translate(_SIMPLIFIED)
     text = re.sub(r"[\s*_`#>\"'“”{}]+", lambda run: "\n" if "\n" in run[0] else " ", text).strip()  # Markdown and JSON
-    match = _RATING.match(text)
+    marked = _MARKED.fullmatch(text)
+    match = _RATING.match(marked[1].strip() if marked else text)
     if not match or float(match[1]) > 10:
         return None
     others = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", match[2])}
     return float(match[1]) if others <= {float(match[1])} else None
+
+
+def json_texts(text: str) -> dict[str, str]:
+    """Return the values, as texts, of the JSON object from the first { of a text to its last }; {} without one."""
+    try:
+        return {name: str(value) for name, value in json.loads(text[text.index("{") : text.rindex("}") + 1]).items()}
+    except (ValueError, RecursionError):
+        return {}
 
 
 def without_thoughts(answer: str) -> str:
@@ -264,7 +304,12 @@ def _client(base_url: str, timeout: float, retries: int):
 
 
 def _key() -> str:
-    return (os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
+    name = "JUDGE_API_KEY" if os.environ.get("JUDGE_API_KEY") else "OPENAI_API_KEY"
+    key = os.environ.get(name, "").strip()
+    if not re.fullmatch("[!-~]*", key):  # the client's error would show it
+        fix = "set it to the key alone, without quotation marks"
+        raise ValueError(f"{name}: it holds a space, a line break or a character that is not ASCII. Fix: {fix}.")
+    return key
 
 
 def _without_key(error: Exception) -> str:
@@ -278,4 +323,7 @@ def _read_template(name: str | None) -> str:
     path = Path(__file__).with_name(name) if Path(name).name == name else Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"judge_reward: template {path} is not there. Fix: write a file of your own as ./NAME.")
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"judge_reward: template {path} is no UTF-8 text. Fix: save it as UTF-8.") from None

@@ -11,7 +11,7 @@ import sys
 import threading
 
 from grpo_launcher.messages import CHINESE, gold_value, last_reply, without_marks
-from rewards.calculation import is_same_number, last_number
+from rewards.calculation import in_ascii, is_same_number, last_number
 
 LONGEST = 1000  # characters of an answer; a longer one is wrong
 MEMORY = 2**30  # bytes of the process that compares
@@ -24,6 +24,8 @@ _CHINESE_NUMBER = re.compile(
     rf"(?:\d[\d,]*(?:\.\d+)?(?=[{_TENS}]))?[{_ONES}{_TENS}][\d{_ONES}{_TENS}]{{0,20}}(?:[点點][{_ONES}]+[万萬亿億]?)?"
 )
 _CHINESE_FORMS = [(r"\b100分之([\d.]+)", r"\1%"), (r"([\d.]+)分之([\d.]+)", r"\2/\1"), (r"[负負](?=\d)", "-")]
+
+_LATEX = [(r"√\s*(\d+(?:\.\d+)?|\([^()]*\))", r"\\sqrt{\1}"), ("√", r"\\sqrt "), ("∞", r"\\infty ")]
 
 
 def math_reward(completions, answer, *, timeout: float = 3.0, **columns) -> list[float | None]:
@@ -72,9 +74,9 @@ def _gold(value) -> str | None:
         text = boxed(text) or text
         symbols = re.sub(_NAMES, "", text)
         is_expression = (
-            re.search(r"\w", text)
+            re.search(r"\w", _in_digits(text))
             and boxed(rf"\boxed{{{text}}}") == text  # its braces match
-            and not re.search(r"[A-Za-z]{4}", symbols)  # math-verify takes a word for a product of letters
+            and not re.search(r"[A-Za-z]{4}|^(?:[Yy]es|[Nn]o|N/A)$", symbols)  # math-verify takes it for a product
             and not CHINESE.search(symbols)
         )
         is_readable = last_number(_in_digits(text), whole=True) or is_expression
@@ -103,9 +105,9 @@ def _score(gold: str | None, text: str | None, timeout: float) -> float | None:
 
 
 def _in_digits(text: str) -> str:
-    """Write 三百二十 as 320, 负三 as -3, 三分之二 as 2/3, 百分之五十 as 50%."""
-    text = _CHINESE_NUMBER.sub(lambda match: f"{chinese_number(match[0]):.15g}", text)
-    for pattern, replacement in _CHINESE_FORMS:
+    r"""Write 三百二十 as 320, 负三 as -3, 三分之二 as 2/3, 百分之五十 as 50%, √2 as \sqrt{2}."""
+    text = _CHINESE_NUMBER.sub(lambda match: f"{chinese_number(match[0]):.15g}", in_ascii(text))
+    for pattern, replacement in _CHINESE_FORMS + _LATEX:
         text = re.sub(pattern, replacement, text)
     return text
 

@@ -11,6 +11,7 @@ from grpo_launcher.messages import CHINESE, WORD, gold_text, last_reply
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # Between words as far as rouge_score is concerned: _, ², ½, ①.
 NO_LETTERS = {code: " " for code in range(0x3400) if unicodedata.category(chr(code)) in ("No", "Nl", "Pc")}
+del NO_LETTERS[ord("〇")]
 SENTENCE_END = re.compile(r"(?<=[.!?؟۔।])\s+|(?<=[。！？])")
 
 

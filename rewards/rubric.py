@@ -1,13 +1,12 @@
 """Reward a completion with a judge's ratings by several criteria, which stand in a YAML file."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
 
 import yaml
 
-from rewards.judge import Form, check_service, rate, without_thoughts
+from rewards.judge import Form, check_service, json_texts, rate, read_score, without_thoughts
 
 INSTRUCTIONS = """You rate a reply to a prompt by each of these criteria, independently of the others.
 0 means that the reply does not meet it at all, 5 that it does by half, 10 that it does fully.
@@ -86,14 +85,9 @@ def _read_rubric(path: str | None) -> tuple[dict[str, float], Form]:
 
 def _read(answer: str, names) -> dict[str, float] | None:
     """Return the ratings in the JSON object of an answer, or None where one is missing or is no number in [0, 10]."""
-    text = without_thoughts(answer)
-    try:
-        ratings = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    except (ValueError, RecursionError):
-        return None
-    values = {name: ratings.get(name) for name in names}
-    is_rated = all(type(value) in (int, float) and 0 <= value <= 10 for value in values.values())
-    return {name: float(value) for name, value in values.items()} if is_rated else None
+    ratings = json_texts(without_thoughts(answer))
+    values = {name: read_score(ratings.get(name)) for name in names}
+    return None if None in values.values() else values
 
 
 def _ready(**options) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -122,8 +123,7 @@ def find_checkpoint(name: str, base: str | None = None) -> Checkpoint:
             label += " (best)"
     if not (folder / ADAPTER_CONFIG).exists():
         return Checkpoint(label, str(folder), run=run)
-    named_base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return Checkpoint(label, str(folder), base or locate(named_base, run), run)
+    return Checkpoint(label, str(folder), base or locate(_named_base(folder), run), run)
 
 
 def run_settings(run: Path | None) -> GenerationSettings:
@@ -159,9 +159,17 @@ def _problem(folder: Path) -> tuple[str, str] | None:
     is_adapter = (folder / ADAPTER_CONFIG).exists()
     if is_adapter and not any(folder.glob("adapter_model.*")):
         return f"{ADAPTER_CONFIG} is there and {ADAPTER_WEIGHTS} is not", "take another checkpoint"
+    if is_adapter and not _named_base(folder):
+        return f"its {ADAPTER_CONFIG} names no base model", "take another checkpoint"
     if not is_adapter and not any(file for name in WEIGHTS for file in folder.glob(name)):
         return f"this folder holds no checkpoint ({', '.join(WEIGHTS)} or {ADAPTER_CONFIG})", ""
     return None
+
+
+def _named_base(adapter: Path) -> str | None:
+    """Return what the file of an adapter names as its base; None where it names nothing, or is no JSON."""
+    with suppress(ValueError, AttributeError):
+        return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def _thin_out(checkpoints: list[Checkpoint], limit: int | None, notes: list[str]) -> list[Checkpoint]:

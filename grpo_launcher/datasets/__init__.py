@@ -168,8 +168,14 @@ def _check(request: Request, spec: DatasetSpec) -> None:
         request.max_prompt_length = spec.max_prompt_length
     if request.max_prompt_length < 1 or (request.limit is not None and request.limit < 1):
         raise UserError("--max_prompt_length, --limit", "under 1", "give at least 1")
-    if request.output.exists() and not request.overwrite:
+    if not request.output.exists():
+        return
+    if not request.overwrite:
         raise UserError(f"--output {request.output}", "exists", "add --overwrite to replace it")
+    there = list(request.output.iterdir()) if request.output.is_dir() else [request.output]
+    if others := sorted(path.name for path in there if path.suffix not in (".parquet", ".jsonl") or path.is_dir()):
+        problem = f"it holds what this command has not written, such as {others[0]}"
+        raise UserError(f"--output {request.output}", problem, "choose another name")
 
 
 def _complete(splits: dict, names: tuple[str, ...], seed: int) -> dict:

@@ -92,6 +92,14 @@ def test_what_a_run_wrote_is_found_from_any_folder(place, monkeypatch):
     assert find_checkpoint(str(place / LORA / "final-checkpoint")).base == str(place / "base")
 
 
+@pytest.mark.parametrize("content", ["{", "{}", '{"base_model_name_or_path": null}', "[]"])
+def test_an_adapter_that_names_no_base_is_refused(content, capsys):
+    shutil.copytree("adapter", "lost")
+    Path("lost/adapter_config.json").write_text(content)
+    assert demo_in_chat.main(["lost", "--prompt", "Hello?"]) == 2
+    assert "adapter_config.json names no base model" in capsys.readouterr().err
+
+
 # Transformers in this process
 
 

@@ -30,6 +30,9 @@ def read(tmp_path, monkeypatch):
 
 
 REFUSED = {  # text of the recipe, field, and a part of the fix or of the problem
+    "address without a scheme": ("vllm_server_base_url: localhost:8000", "vllm_server_base_url", "http://HOST:PORT"),
+    "address of an API": ("vllm_server_base_url: http://a:8000/v1", "vllm_server_base_url", "http://HOST:PORT"),
+    "host with a scheme": ("vllm_server_host: http://127.0.0.1", "vllm_server_host", "without http://"),
     "unknown field": ("beat: 0.1", "mine.yaml: beat", "did you mean beta?"),
     "duplicate key": ("beta: 0.1\nbeta: 0.2", "mine.yaml: beta", "lines 1 and 2"),
     "text for a number": ("beta: much", "mine.yaml: beta", "'much'"),
@@ -154,6 +157,8 @@ NUMBERS = {  # text of the recipe, and the field of which the number is out of r
     "share": ("top_p: 1.5", "top_p"),
     "port": ("vllm_server_port: 70000", "vllm_server_port"),
     "no steps": ("max_steps: 0", "max_steps"),
+    "beyond 1": ("adam_beta1: 2", "adam_beta1"),
+    "no workers": ("dataloader_num_workers: -1", "dataloader_num_workers"),
     "whole epochs": ("max_steps: -1", None),
     "never saved": ("save_steps: 0", "save_steps"),
     "not saved by steps": ("save_steps: 0\nsave_strategy: epoch", None),

@@ -46,6 +46,22 @@ def test_one_file_of_rows_is_the_split_train(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_brackets_in_the_name_of_a_file_are_letters(streaming, tmp_path):
+    """To datasets they are a pattern, which another file may fit. Where they cannot be helped they are refused."""
+    for name, text in {"rows [12].jsonl": "right", "rows 1.jsonl": "wrong", "[a]/train.jsonl": "right"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": text}))
+    (split,) = load_splits(str(tmp_path / "rows [12].jsonl"), streaming=streaming).values()
+    assert [row["prompt"] for row in split] == ["right"]
+    (split,) = load_splits(str(tmp_path / "[a]/train.jsonl"), streaming=streaming).values()
+    assert [row["prompt"] for row in split] == ["right"]
+    with pytest.raises(UserError, match="another name"):
+        load_splits(str(tmp_path / "[a]"), streaming=streaming)
+    with pytest.raises(UserError, match="dataset_config"):
+        load_splits(str(tmp_path / "rows 1.jsonl"), "main", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_of_save_to_disk_is_read(streaming, tmp_path):
     """Of one Dataset, which is the split train, or of a DatasetDict; whatever format it was saved in."""
     rows = Dataset.from_dict({"prompt": TEXTS, "number": [1, 2, 3]})
@@ -112,6 +128,15 @@ def message(content, role: str = "user") -> dict:
 
 PARTS = [{"type": "text", "text": "The "}, {"type": "text", "text": "cat."}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+def test_a_call_of_a_tool_without_content_gets_an_empty_one(tmp_path):
+    """As OpenAI writes it. TRL reads the content of each message."""
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    prompt = [{"role": "user", "content": "How late?"}, {"role": "assistant", "tool_calls": [call]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": [*prompt, {"role": "tool", "content": "12"}]}))
+    (read,) = load_splits(str(tmp_path / "rows.jsonl"))["train"]["prompt"]
+    assert [message["content"] for message in read] == ["How late?", "", "12"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -129,13 +129,15 @@ def test_a_thousand_bad_rows_before_a_good_one_leave_a_file_that_can_be_read(pre
 
 
 def test_an_output_is_replaced_only_where_that_is_asked_for(prepare, tmp_path):
-    """And then as a whole."""
+    """And then as a whole, unless it holds what the command has not written."""
     write_lines(tmp_path / "raw.jsonl", [POST] * 20)
     options = ["--source", "raw.jsonl", "--output", "out", "--limit", "10"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("precious")
     assert "--overwrite" in prepare("tldr", *options, status=2)
+    assert "mine.txt" in prepare("tldr", *options, "--overwrite", status=2)
     assert (tmp_path / "out/mine.txt").read_text() == "precious"
+    (tmp_path / "out/mine.txt").rename(tmp_path / "out/validation.parquet")
     prepare("tldr", *options, "--overwrite")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test.parquet", "train.parquet"]
     assert not list(tmp_path.glob(".out*"))

@@ -331,9 +331,14 @@ def test_prompts_of_a_file(capsys):
     assert [turn["prompt"][0]["content"] for turn in turns] == ["Bark."] * 2 and turns[1]["prompt"][1][
         "content"
     ] == "And you?"
+    last = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi"}]
+    Path("last.jsonl").write_text(json.dumps({"prompt": last}))
+    assert demo_in_chat.main(["base", "--prompts", "last.jsonl", "--system", "Bark.", "--max_new_tokens", "2"]) == 0
+    (turn,) = json.loads(Path("chat-report-2.json").read_text())["turns"]
+    assert turn["prompt"] == [{"role": "system", "content": "Bark."}, *last]
     Path("rows.jsonl").write_text('{"prompt": "Hello?", "gold": "hi"}')
     assert demo_in_chat.main(["base", "--prompts", "rows.jsonl", "--max_new_tokens", "2"]) == 0
-    assert json.loads(Path("chat-report-2.json").read_text())["turns"][0]["columns"] == {"gold": "hi"}
+    assert json.loads(Path("chat-report-3.json").read_text())["turns"][0]["columns"] == {"gold": "hi"}
 
 
 # Statistics

@@ -164,12 +164,19 @@ SCORES = {
     "最終得分為8分": 8,
     "總體評分：8/10": 8,
     "綜合評分：8": 8,
+    '{"reason": "Two of 3 facts.", "score": 8}': 8,
+    '```json\n{"score": "8", "reason": "two of 3"}\n```': 8,
+    "Rating: [[8]]": 8,
+    "It has 2 of 3 facts.\n\n**评分：[[8]]**": 8,
     "8分（滿分10分）": 8,
 }
 NO_SCORES = [
     *["", None, "good", "11", "-3", "−3", "85", "10.5", "7 or 8", "7-8", "7、8", "8/20", "8/100", "10/100"],
     *["out of 10", "满分10分", "10分制", "Score: -3", "1 0", "A scale of 0-10", "The maximum score is 10", "8,5"],
     *["8分。改为9分", "1*0", "Score: 8 or 10", "八分", "1. Style: 8", "<think>8", "<think>so 8</think>"],
+    *["It says [[10]]", "The rating [[10]] is too high: 2", "[[3]] Rating: [[8]]", 'It says {"score": 10}'],
+    *['{"score": 11, "of": 8}', '{"score": null, "of": 8}', '{"score": [3, 8]}', '{"score": 3} {"score": 8}'],
+    *['{"score": ' + "[" * depth + "]" * depth + "}" for depth in (500, 900, 9000)],
     *['{"score": 11}', '{"score": "good"}', '{"rating": 8, "scale": 10}'],
 ]
 
@@ -182,6 +189,14 @@ NO_SCORES = [
 def test_a_score_is_read(answer, score):
     """One number from 0 to 10, or nothing; never a 10 that was not given."""
     assert read_score(answer) == score
+
+
+@pytest.mark.parametrize("part", [" ", "`", "[[", "{", "} ", "score ", "json ", "score: "])
+def test_a_long_answer_without_a_score_is_read_at_once(part):
+    """Whatever the judge repeats until it is cut off."""
+    start = time.monotonic()
+    assert read_score(part * 30_000 + "x") is None
+    assert time.monotonic() - start < 2
 
 
 BODIES = [
@@ -279,6 +294,19 @@ KEYS = {
 }
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"a {KEY}", f"“{KEY}”", f"{KEY}\u200b"])
+@pytest.mark.parametrize("name", ["JUDGE_API_KEY", "OPENAI_API_KEY"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(serve, monkeypatch, caplog, name, key):
+    """Before any request, by the name of its variable."""
+    monkeypatch.setenv(name, key)
+    judge = serve()
+    for call in (lambda: judge_ready(base_url=judge.url), lambda: rate(judge.url, ["a"])):
+        with pytest.raises(ValueError, match=f"^{name}: .*Fix: ") as refusal:
+            call()
+        assert KEY not in "".join(traceback.format_exception(refusal.value)) + caplog.text
+    assert not judge.requests
+
+
 @pytest.mark.parametrize(("environment", "sent"), KEYS.values(), ids=KEYS)
 def test_the_key_comes_from_the_environment(serve, monkeypatch, environment, sent):
     """As Bearer."""
@@ -300,6 +328,9 @@ def test_a_template_of_ones_own(serve, tmp_path):
             rate(judge.url, ["a"], template=missing)
         with pytest.raises(ValueError, match=re.escape(missing)):
             judge_ready(base_url=judge.url, template=missing)
+    (tmp_path / "mine.txt").write_bytes("请评分。".encode("gbk"))
+    with pytest.raises(ValueError, match=f"^judge_reward: template .*{re.escape(str(tmp_path / 'mine.txt'))}.*UTF-8"):
+        judge_ready(base_url=judge.url, template=str(tmp_path / "mine.txt"))
 
 
 def test_a_judge_that_rates_is_ready(serve):
@@ -311,10 +342,10 @@ def test_a_judge_that_rates_is_ready(serve):
         judge_ready(base_url=judge.url, concurrency=0)
 
 
-def cut_off(content: str | None, **more) -> tuple[int, dict]:
-    """Return the response of a judge that reached max_tokens."""
+def cut_off(content: str | None, reason: str = "length", **more) -> tuple[int, dict]:
+    """Return the response of a judge that reached max_tokens, or ended for another reason."""
     message = {"role": "assistant", "content": content} | more
-    choice = {"index": 0, "finish_reason": "length", "message": message}
+    choice = {"index": 0, "finish_reason": reason, "message": message}
     return 200, {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
 
 
@@ -336,7 +367,18 @@ NOT_READY = {
         ["reasoning", "cut off at max_tokens 2048", "raise max_tokens"],
     ),
     "thoughts that were cut off": ({"answer": lambda *_: cut_off("<think>8 or")}, ["cut off at max_tokens 2048"]),
-    "no completion": ({"answer": lambda *_: (200, {"choices": None})}, ["no chat completion"]),
+    "no completion": ({"answer": lambda *_: (200, {"choices": None})}, ["no chat completion", "end base_url in /v1"]),
+    "a web page": ({"answer": lambda *_: (200, "<html>Hi</html>")}, ["<html>Hi", "end base_url in /v1"]),
+    "an error with status 200": (
+        {"answer": lambda *_: (200, {"error": {"message": "model overloaded"}})},
+        ["model overloaded", "server's log"],
+    ),
+    "too many requests": ({"answer": lambda *_: (429, {"error": {"message": "slow"}})}, ["slow", "`concurrency`"]),
+    "no money": ({"answer": lambda *_: (402, {"error": {"message": "no credit"}})}, ["no credit", "Fix: pay"]),
+    "a server that fails": ({"answer": lambda *_: (500, "oops")}, ["500", "server's log"]),
+    "a server that is busy": ({"answer": lambda *_: (503, {"error": {"message": "busy"}})}, ["busy", "server's log"]),
+    "a refusal": ({"answer": lambda *_: cut_off(None, "stop", refusal="I can't")}, ["I can't", "another model"]),
+    "a filter": ({"answer": lambda *_: cut_off(None, "content_filter")}, ["content_filter", "another model"]),
     "silence": ({"delay": 30}, ["timed out", "raise `timeout`"]),
 }
 
@@ -360,6 +402,8 @@ UNUSABLE = {
     "half a scheme": ({"base_url": "http//judge/v1"}, "base_url is 'http//judge/v1'"),
     "no host": ({"base_url": "http://"}, "base_url is 'http://'"),
     "a port that is no number": ({"base_url": "http://judge:port/v1"}, "base_url is 'http://judge:port/v1'"),
+    "a port that is too high": ({"base_url": "http://127.0.0.1:80000/v1"}, "base_url is 'http://127.0.0.1:80000/v1'"),
+    "half an IP address": ({"base_url": "http://192.168.1.256:8000/v1"}, "base_url is 'http://192.168.1.256:8000/v1'"),
     "no address": ({"base_url": None}, "base_url is None"),
     "a time limit in quotes": ({"timeout": "60"}, "timeout is '60'.*a number"),
     "a number of requests in quotes": ({"concurrency": "16"}, "concurrency is '16'.*an integer"),

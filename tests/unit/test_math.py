@@ -104,6 +104,24 @@ RIGHT = {
     "a word in small letters": (r"\text{Monday}", r"\text{monday}"),
     "a Chinese word": (r"\text{星期一}", "星期一"),
     "a letter in brackets": ("B", r"\text{(B)}"),
+    "a root of print": ("2√3", r"2\sqrt{3}"),
+    "a root of print over brackets": (r"\sqrt{x+1}", "√(x+1)"),
+    "a root of print over a letter": ("√x", r"\sqrt{x}"),
+    "a square of print": ("x²+1", "x^2+1"),
+    "a negative power of print": (r"\frac{1}{x^2}", "x⁻²"),
+    "infinity of print": ("(-∞, 2]", r"(-\infty,2]"),
+    "infinity alone": ("∞", r"\infty"),
+    "a full-width point": ("（３，４）", "(3,4)"),
+    "a full-width equation": ("x＝1", "1"),
+    "euros": ("5 €", "5"),
+    "newtons": ("5 N", "5"),
+    "degrees in one sign": ("5", "5℃"),
+    "won": ("5,000원", "5000"),
+    "thousands with a plain space": ("1 234", "1234"),
+    "a decimal comma of LaTeX": ("0.5", "0{,}5"),
+    "a list without spaces": ("1,6", "6, 1"),
+    "a point that looks like thousands": ("(1,234)", "(1, 234)"),
+    "a negative denominator": ("-0.5", r"\frac{1}{-2}"),
 }
 
 
@@ -154,6 +172,8 @@ WRONG = {
     "more digits than an integer may have": ("72", r"\boxed{" + "九" * 900 + "}"),
     "units that no number has": ("72", r"\boxed{" + "亿" * 900 + "}"),
     "braces that are too many": ("72", r"\boxed{7}2}"),
+    "a factor": ("2", r"\boxed{2mg}"),
+    "another root of print": ("√2", r"\boxed{√3}"),
 }
 
 
@@ -316,6 +336,8 @@ REFUSED = {
     "nothing": "",
     "a sign": "?",
     "a word": "seventy",
+    "a word of two letters": "no",
+    "what is not applicable": "N/A",
     "a sentence": "The answer is about 70",
     "a number of another size": "5 million",
     "a number and a half": "3 and a half",

@@ -19,6 +19,7 @@ from trl.trainer.utils import is_async_callable
 
 from grpo_launcher.errors import UserError
 from grpo_launcher.plugins import (
+    call_reward,
     chat_template_options,
     check_scores,
     load_environment,
@@ -30,6 +31,9 @@ from grpo_launcher.plugins import (
 )
 
 MINE = '''
+import sys
+
+
 def closed(completions):
     return [0.0]
 
@@ -64,6 +68,21 @@ async def late(completions, *, score=None, **columns):
 
 def length_reward(completions, *, target=1, **columns):
     return [float(target)] * len(completions)
+
+
+def strict(completions, *, goal, **columns):
+    return [0.0] * len(completions)
+
+
+def ends(completions, **columns):
+    sys.exit(0)
+
+
+async def ends_late(completions, **columns):
+    sys.exit(0)
+
+
+number = 5
 
 
 def weather(city: str) -> str:
@@ -259,16 +278,19 @@ class Late(Near):
 
 
 medium, long, late = Near(50), functools.partial(Near(3)), Late(4)
+method, quick = Near(5).__call__, lambda completions, *, points=1, **columns: [points * 1.0 for _ in completions]
 """
 
 
 def test_partials_and_callable_objects_are_called_as_the_recipe_calls_them(tmp_path):
     """Options and readiness are theirs too. Tools of the kind are refused: a model cannot read their parameters."""
     (tmp_path / "mine.py").write_text(CALLABLES)
-    names = [f"{tmp_path}/mine.py:{name}" for name in ("short", "medium", "long", "late")]
-    *rewards, late = load_rewards(names, {"short": {"target": 6}})
-    assert [metric_name(reward) for reward in (*rewards, late)] == ["short", "medium", "long", "late"]
-    assert [reward(completions=["abcd"], prompts=["p"]) for reward in rewards] == [[-2.0], [-46.0], [-1.0]]
+    own_names = ["short", "medium", "long", "method", "quick", "late"]
+    names = [f"{tmp_path}/mine.py:{name}" for name in own_names]
+    *rewards, late = load_rewards(names, {"short": {"target": 6}, "quick": {"points": 3}})
+    assert [metric_name(reward) for reward in (*rewards, late)] == own_names
+    scores = [reward(completions=["abcd"], prompts=["p"]) for reward in rewards]
+    assert scores == [[-2.0], [-46.0], [-1.0], [-1.0], [3.0]]
     assert is_async_callable(late) and asyncio.run(late(completions=["abc"])) == [-1.0]
     with pytest.raises(ValueError, match="asleep"):
         rewards[1].ready()
@@ -403,6 +425,16 @@ REFUSED_REWARDS = {  # names with MINE for the user's file, other arguments, fie
         "reward_kwargs",
         "did you mean target?",
     ),
+    "text for a number": (
+        ["rewards.length.length_reward"],
+        {"reward_kwargs": {"length_reward": {"target": "2e2"}}},
+        "reward_kwargs",
+        "without quotes",
+    ),
+    "no default": (["MINE:strict"], {"reward_kwargs": {"strict": {"goal": 3}}}, "reward_kwargs", "no default"),
+    "no function but a number": (["MINE:number"], {}, "reward_funcs", "number is no function"),
+    "a file that ends its process": (["ENDS:f"], {}, "reward_funcs", "sys.exit(0)"),
+    "a notebook": (["NOTEBOOK:f"], {}, "reward_funcs", "no file of Python"),
     "options of no reward": (
         ["rewards.length.length_reward"],
         {"reward_kwargs": {"lenght_reward": {}}},
@@ -414,10 +446,23 @@ REFUSED_REWARDS = {  # names with MINE for the user's file, other arguments, fie
 
 
 @pytest.mark.parametrize(("names", "arguments", "field", "message"), REFUSED_REWARDS.values(), ids=REFUSED_REWARDS)
-def test_a_reward_that_cannot_be_used_is_refused(names, arguments, field, message, mine):
+def test_a_reward_that_cannot_be_used_is_refused(names, arguments, field, message, mine, tmp_path):
+    files = {"MINE": mine, "ENDS": f"{tmp_path}/ends.py", "NOTEBOOK": f"{tmp_path}/mine.ipynb"}
+    Path(files["ENDS"]).write_text("import sys\nsys.exit(0)\n")
+    Path(files["NOTEBOOK"]).write_text("{}")
+    for word, file in files.items():
+        names = [name.replace(word, file) for name in names]
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        load_rewards([name.replace("MINE", mine) for name in names], **arguments)
+        load_rewards(names, **arguments)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize("name", ["ends", "ends_late"])
+def test_a_reward_that_ends_its_process_is_an_error(name, mine):
+    """The run would end with status 0, and without a word."""
+    (reward,) = load_rewards([f"{mine}:{name}"])
+    with pytest.raises(RuntimeError, match=f"{name} called sys.exit"):
+        call_reward(reward, prompts=["p"], completions=["a"])
 
 
 def test_options_are_bound_and_names_kept(mine):

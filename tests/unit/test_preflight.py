@@ -69,6 +69,17 @@ def mine(completions, **columns):
 
 def scored(completions, score, answers=None, **columns):
     return score
+
+
+def asleep(completions, **columns):
+    return [0.0] * len(completions)
+
+
+def ask():
+    raise ConnectionRefusedError("nobody is there")
+
+
+asleep.ready = ask
 '''
 
 
@@ -119,6 +130,8 @@ def home(tmp_path_factory):
     chats = [{"prompt": chat(number), "reference": "It sat."} for number in range(64)]
     for name, rows in {
         "sharegpt": [{"prompt": [{"from": "human", "value": "a"}]}] * 64,
+        "image": [row | {"image": "a.png"} for row in chats],
+        "counted": [row | {"prompt_tokens": 3} for row in chats],
         "null": [*chats, {"prompt": None}],
         "mixed": [*chats, {"prompt": "The cat."}],
         "keyword": [row | {"completions": "a", "trainer_state": "b"} for row in chats],
@@ -327,6 +340,16 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
     "context of the model": ("quickstart", 0, "--max_completion_length 2040", "max_completion_length", "is 2048"),
     "token": (None, 0, f"{LENGTH} --hub_token hf_secret", "hub_token", "HF_TOKEN in the environment"),
     "no reward": (None, 0, "", "reward_funcs", "give at least one"),
+    "LoRA that nobody asked for": (None, 0, f"{LENGTH} --lora_r 8", "lora_r", "use_peft: true"),
+    "columns kept from the rewards": (
+        None,
+        0,
+        f"{ROUGE} --remove_unused_columns true",
+        "remove_unused_columns",
+        "leave it out",
+    ),
+    "a package that is not there": (None, 0, f"{LENGTH} --use_liger_kernel true", "use_liger_kernel", "liger-kernel"),
+    "a column of pictures": (None, 0, f"{LENGTH} --dataset_name image.jsonl", "dataset_name", "a picture"),
     "missing column": ("tldr_rouge", 4, "--dataset_name bare", "reward_funcs", "needs the column reference"),
     "reward model": (None, 0, "--reward_funcs owner/nothing", "reward_funcs", "owner/nothing is no reward model"),
     "reporter": ("tldr_rouge", 4, "--report_to wandb", "recipe", "wandb"),
@@ -460,7 +483,7 @@ def test_columns_of_the_names_that_trl_passes_are_refused(check):
     assert check(None, 1, *f"{SFT} --dataset_name keyword.jsonl".split()).problems == []
 
 
-@pytest.mark.parametrize("name", ["parts.jsonl", "no-gold.jsonl", "saved"])
+@pytest.mark.parametrize("name", ["parts.jsonl", "no-gold.jsonl", "saved", "counted.jsonl"])
 def test_what_no_reward_of_the_run_reads_may_be_null(name, check):
     """Text parts are fine too."""
     report = check(None, 0, *f"{LENGTH} --dataset_name {name}".split())
@@ -472,6 +495,11 @@ def test_the_rewards_of_this_project_leave_rows_without_gold_out(check):
     report = check(None, 0, *f"{ROUGE} --dataset_name no-gold.jsonl".split())
     assert report.problems == report.missing == []
     assert "data: 1 rows have no reference: rouge_reward does not rate them" in report.lines
+
+
+def test_a_service_that_a_reward_does_not_reach_is_told_by_its_name(check):
+    report = check(None, 0, "--reward_funcs", "tools.py:asleep")
+    assert report.problems == [] and report.missing == ["reward_kwargs: asleep: nobody is there"]
 
 
 def test_gpus_that_torch_does_not_see_are_told(check):

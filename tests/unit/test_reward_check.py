@@ -145,7 +145,7 @@ def test_try_scores_one_text(write_module, capsys):
 def test_an_error_of_the_reward_passes_through_try():
     """With its traceback whole."""
     with pytest.raises(TypeError):
-        main(["try", "length_reward", "a", "--target", "much"])
+        main(["try", "length_reward", "a", "--target", "[1]"])
 
 
 MISTAKES = {

@@ -78,6 +78,7 @@ VALUES = {
     "rouge by default": (rouge_reward, "the cat", "the dog", {}, (0.5 + 0 + 0.5) / 3),
     "rouge in Chinese": (rouge_reward, "我爱北京", "他爱北京", {}, (3 / 4 + 2 / 3 + 3 / 4) / 3),
     "rouge in both": (rouge_reward, "我用Python3写", "我用 python3 。", {"weights": {"rouge1": 1}}, 6 / 7),
+    "rouge of a Chinese zero": (rouge_reward, "二〇", "二零", {"weights": {"rouge1": 1}}, 0.5),
     "rouge in Greek": (rouge_reward, "η γάτα", "η Γάτα!", {}, 1),
     "rouge in Korean": (rouge_reward, "나는 학생", "나는 선생", {"weights": {"rouge1": 1}}, 0.5),
     "rouge in Thai": (rouge_reward, "ดีมาก", "ดี", {"weights": {"rouge1": 1}}, 2 * (1 / 4) / (1 / 4 + 1)),

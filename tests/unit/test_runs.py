@@ -138,6 +138,18 @@ def test_half_written_checkpoints_are_passed_over(ranks, steps, work):
     assert len(broken) + len(steps) == 5, "drafts and what a guard has renamed are neither"
 
 
+@pytest.mark.parametrize("lost", ["latest", "global_step5/zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_a_checkpoint_that_was_copied_in_part_is_not_whole(lost, work):
+    """DeepSpeed would refuse it when the ranks are up, and an older one is whole."""
+    shards = [f"global_step5/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    files = ["trainer_state.json", "rng_state_0.pth", "rng_state_1.pth", "latest", *shards]
+    (work / "checkpoint-5/global_step5").mkdir(parents=True)
+    write_checkpoint(work / "checkpoint-5", *files)
+    assert runs.checkpoints(work, 2) == [work / "checkpoint-5"]
+    (work / "checkpoint-5" / lost).unlink()
+    assert runs.checkpoints(work, 2) == []
+
+
 @pytest.mark.parametrize("cut", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_checkpoint_of_which_a_file_was_cut_off_is_not_whole(cut, work):
     """As by a full disk, or by a machine that lost its power."""
