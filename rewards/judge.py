@@ -1,6 +1,7 @@
 """Reward a completion with the rating of a language model of an OpenAI-compatible server (Ollama, vLLM, OpenAI)."""
 
 import asyncio
+import ipaddress
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from grpo_launcher.messages import last_reply, last_user_text
 
@@ -166,13 +168,14 @@ def check_service(form: Form, options: dict) -> None:
     Raises:
         ValueError: as in `judge_ready`.
     """
-    import httpx
     import openai
 
     url, model = options["base_url"], options["model"]
     try:
-        is_address = _ADDRESS.fullmatch(url) and (httpx.URL(url).port or 0) <= 65535
-    except (TypeError, ValueError, httpx.InvalidURL):
+        is_address = _ADDRESS.fullmatch(url) and urlsplit(url).port != 0  # a port beyond 65535 is a ValueError
+        if is_address and re.fullmatch(r"[\d.]+", host := urlsplit(url).hostname):
+            ipaddress.IPv4Address(host)
+    except (TypeError, ValueError):
         is_address = False
     if not is_address:
         raise ValueError(f"{form.reward}: base_url is {url!r} and no address. Fix: write http://HOST:PORT/v1.")
