@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
-from urllib.parse import urlsplit
 
 import yaml
 from transformers import Seq2SeqTrainingArguments
@@ -328,8 +327,7 @@ def _require(values: dict) -> None:
     if values["push_to_hub"] and not values["hub_model_id"]:
         raise UserError("push_to_hub", "hub_model_id is missing", "give it, for example you/short-summaries")
     url, host = values["vllm_server_base_url"], values["vllm_server_host"]
-    parts = urlsplit(url or "http://localhost")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+    if url and not re.fullmatch(r"https?://[^/\s]+/?", url):
         raise UserError("vllm_server_base_url", f"{url} is no address of a server", "write http://HOST:PORT")
     if re.search(r"[/\s]", host):
         raise UserError("vllm_server_host", f"{host} is no name of a machine", "write it without http:// and port")

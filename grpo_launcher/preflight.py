@@ -351,6 +351,8 @@ class _Check:
             return
         if "prompt" not in data.columns:
             fix = f"rename one of {', '.join(data.columns)} to prompt"
+            if ";" in data.columns[0]:
+                fix = "separate the cells of the file by commas"
             self.refuse("dataset_name", f"{name} has no column prompt", fix)
             return
         self.splits = {key: splits[key] for key in (split, eval_split) if key}

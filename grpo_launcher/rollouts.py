@@ -168,6 +168,8 @@ def print_completions(args: argparse.Namespace) -> None:
     frame = pandas.concat(found, ignore_index=True)
     if args.worst is not None or args.best is not None:
         count = args.best if args.worst is None else args.worst
+        if count < 1:
+            raise UserError("--worst, --best", f"{count} is under 1", "give the number of completions")
         frame = frame.sort_values("reward", ascending=args.best is None, kind="stable").head(count)
     console = Console(highlight=False, soft_wrap=True)
     show(frame, list(whole.attrs["weights"]), console)

@@ -126,6 +126,7 @@ def home(tmp_path_factory):
             rows = [make(number) for number in range(7 if name == "seven" else count)]
             (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "empty.csv").write_text("prompt\n")
+    (folder / "semicolons.csv").write_text("prompt;reference\na;b\n" * 64)
     (folder / "comma.jsonl").write_text('{"prompt": "a"},\n' * 64)
     chats = [{"prompt": chat(number), "reference": "It sat."} for number in range(64)]
     for name, rows in {
@@ -355,6 +356,7 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
     "reporter": ("tldr_rouge", 4, "--report_to wandb", "recipe", "wandb"),
     "guard": ("tldr_rouge", 4, "--guards '{\"kll\": null}'", "guards", "did you mean kl?"),
     "no prompts": ("tldr_lora", 2, "--dataset_name texts", "dataset_name", "rename one of text"),
+    "semicolons": (None, 0, f"{LENGTH} --dataset_name semicolons.csv", "dataset_name", "by commas"),
     "ShareGPT": (None, 0, f"{LENGTH} --dataset_name sharegpt.jsonl", "dataset_name", "row 1: prompt is [{'from'"),
     "a prompt of null": (None, 0, f"{LENGTH} --dataset_name null.jsonl", "dataset_name", "split train, row 65"),
     "texts and chats": (None, 0, f"{LENGTH} --dataset_name mixed.jsonl", "dataset_name", "row 65: prompt is 'The"),

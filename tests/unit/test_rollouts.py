@@ -62,8 +62,9 @@ def test_the_newest_step_is_shown_and_the_worst_the_best_and_what_holds_a_text(r
     assert found.count("Reply") == 3 and "of step 1" in found
 
 
-def test_a_step_that_is_not_kept_and_a_run_without_completions_are_refused(run, capsys, tmp_path):
+def test_what_cannot_be_shown_is_refused(run, capsys, tmp_path):
     assert "--step" in show(run, capsys, "--step", "9", status=EXIT_REFUSED)
+    assert "--best" in show(run, capsys, "--best", "-1", status=EXIT_REFUSED)
     assert "holds no completions" in show(tmp_path, capsys, status=EXIT_REFUSED)
 
 
