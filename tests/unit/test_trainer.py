@@ -32,6 +32,7 @@ from grpo_launcher.callbacks import Guards, RunLog, console, guard_limits
 from grpo_launcher.config import build_dataclasses, load_config
 from grpo_launcher.errors import UserError
 from grpo_launcher.plugins import load_rewards
+from grpo_launcher.report import plot_run
 from grpo_launcher.runs import Run, read_metrics
 from grpo_launcher.trainer import Trainer, build_trainer
 from grpo_launcher.weight_sync import DiskSyncClient
@@ -607,6 +608,7 @@ def test_sft_learns_the_reference_and_pushes_the_final_checkpoint_with_its_card(
 
     final = tmp_path / "final-checkpoint"
     trainer.args.output_dir = str(final)
+    plot_run(tmp_path)
     trainer.save_model()  # pushes it
     (pushed,) = hub.pushed
     assert pushed == {path.name: path.read_bytes() for path in final.iterdir()}
