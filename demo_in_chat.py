@@ -96,7 +96,7 @@ def chat(args: argparse.Namespace) -> int:
 def write_report(args: argparse.Namespace, lineup, settings, report, console) -> int:
     """Put the prompts to every model, and show and write the completions. 1 where one is missing."""
     from grpo_launcher import evaluate, render
-    from grpo_launcher.chat.backends import chat_prompt
+    from grpo_launcher.chat.backends import chat_prompt, system_message
 
     settings = replace(settings, seed=args.seed or 0)
     paths = outputs(args.output, lineup.run)
@@ -109,8 +109,8 @@ def write_report(args: argparse.Namespace, lineup, settings, report, console) ->
         for row in [row for row in rows if isinstance(row["prompt"], str)]:
             row["prompt"] = chat_prompt(is_seq2seq, settings.system_prompt, [], row["prompt"])
     for row in [row for row in rows if isinstance(row["prompt"], list) and args.system_prompt is not None]:
-        system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-        row["prompt"] = system + [message for message in row["prompt"] if message["role"] != "system"]
+        others = [message for message in row["prompt"] if message["role"] != "system"]
+        row["prompt"] = [*system_message(args.system_prompt), *others]
     rewards = evaluate.RewardSet.of_run(lineup.run, list(rows[0]))
     frame = evaluate.evaluate(lineup.models, {"prompts": rows}, rewards, settings)
     report.facts[-1] = str(settings)

@@ -29,7 +29,9 @@ def load_splits(dataset_name: str, dataset_config: str | None = None, streaming:
         raise UserError(dataset_name, f"unknown ending {suffix}", FORMS)
     if path.is_file() and dataset_config:
         raise UserError(dataset_name, f"dataset_config is {dataset_config}, and a file has none", "leave it out")
-    if path.exists() and ("::" in dataset_name or (path.is_dir() and glob.escape(dataset_name) != dataset_name)):
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    is_pattern = path.is_dir() and not is_saved and glob.escape(dataset_name) != dataset_name
+    if is_pattern or ("::" in dataset_name and path.exists()):
         problem = "datasets reads :: in a path, and * ? [ ] in that of a folder, as more than letters"
         raise UserError(dataset_name, problem, "give it another name")
     try:
@@ -37,7 +39,7 @@ def load_splits(dataset_name: str, dataset_config: str | None = None, streaming:
             options = {"sep": "\t"} if suffix == ".tsv" else {}
             files = {"train": glob.escape(dataset_name)}
             splits = load_dataset(FILE_TYPES[suffix], data_files=files, streaming=streaming, **options)
-        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        elif is_saved:
             splits = load_from_disk(dataset_name).with_format(None)
             splits = {"train": splits} if isinstance(splits, Dataset) else splits
         else:

@@ -46,9 +46,9 @@ def load_object(name: str, field: str):
         problem = f"{file} calls sys.exit({error.code!r}) while it is loaded"
         raise UserError(field, problem, 'put what it does as a program under `if __name__ == "__main__":`') from error
     found = getattr(module, attribute, None)
-    if not callable(found) and hasattr(module, attribute):
-        raise UserError(field, f"{module.__file__}: {attribute} is no function")
     if not callable(found):
+        if hasattr(module, attribute):
+            raise UserError(field, f"{module.__file__}: {attribute} is no function")
         known = [known for known in vars(module) if not known.startswith("_")]
         raise UserError(field, f"{module.__file__} has no function {attribute}", did_you_mean(attribute, known))
     return found
@@ -230,8 +230,16 @@ def _with_checked_scores(function: Callable, options: dict, timeout: float) -> C
 
     bound = AsyncReward(function, options, timeout) if inspect.iscoroutinefunction(function) else reward
     if hasattr(function, "ready"):
-        bound.ready = functools.partial(function.ready, **options)
+        bound.ready = functools.partial(_ready, function, options)
     return bound
+
+
+def _ready(function: Callable, options: dict):
+    """Call the reward's `ready`. Raises ValueError also for an OSError, which does not say whose service it is."""
+    try:
+        return function.ready(**options)
+    except OSError as error:
+        raise ValueError(f"{function.__name__}: {error}") from error
 
 
 class AsyncReward:

@@ -294,19 +294,19 @@ class _Check:
     def _rewards_ready(self, rewards: list) -> None:
         """Ask the rewards that can be asked, and count the weights that each rank will keep for them."""
         parameters = 0
-        for reward in (reward for reward in rewards if isinstance(reward, str)):
+        for reward in rewards:
             try:
-                config = AutoConfig.from_pretrained(reward, num_labels=1)
-                with torch.device("meta"):
-                    model = AutoModelForSequenceClassification.from_config(config)
-                parameters += model.num_parameters()
-            except (OSError, ValueError):
+                if isinstance(reward, str):
+                    config = AutoConfig.from_pretrained(reward, num_labels=1)
+                    with torch.device("meta"):
+                        model = AutoModelForSequenceClassification.from_config(config)
+                    parameters += model.num_parameters()
+                elif hasattr(reward, "ready"):
+                    parameters += reward.ready() or 0
+            except OSError:
                 self.refuse("reward_funcs", f"{reward} is no reward model that can be read", hub.hint())
-        for reward in (reward for reward in rewards if hasattr(reward, "ready")):
-            try:
-                parameters += reward.ready() or 0
-            except (OSError, ValueError) as error:
-                self.report.missing.append(f"reward_kwargs: {reward.__name__}: {error}")
+            except ValueError as error:
+                self.report.missing.append(f"reward_kwargs: {error}")
         if self.report.model:
             self.report.model.reward_parameters = parameters
 

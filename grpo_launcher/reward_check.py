@@ -100,8 +100,8 @@ def load(names: list[str], options: dict, columns: dict[str, list]) -> list[Call
         if hasattr(reward, "ready"):
             try:
                 reward.ready()
-            except (OSError, ValueError) as error:
-                raise UserError("reward_funcs", f"{reward.__name__}: {first_line(error)}") from error
+            except ValueError as error:
+                raise UserError("reward_funcs", first_line(error)) from error
     return loaded
 
 

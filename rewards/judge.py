@@ -171,13 +171,7 @@ def check_service(form: Form, options: dict) -> None:
     import openai
 
     url, model = options["base_url"], options["model"]
-    try:
-        is_address = _ADDRESS.fullmatch(url) and urlsplit(url).port != 0  # a port beyond 65535 is a ValueError
-        if is_address and re.fullmatch(r"[\d.]+", host := urlsplit(url).hostname):
-            ipaddress.IPv4Address(host)
-    except (TypeError, ValueError):
-        is_address = False
-    if not is_address:
+    if not _is_address(url):
         raise ValueError(f"{form.reward}: base_url is {url!r} and no address. Fix: write http://HOST:PORT/v1.")
     for name, least in {"concurrency": 1, "retries": 0, "max_tokens": 1, "timeout": 0.001}.items():
         kind = int | float if name == "timeout" else int
@@ -203,6 +197,16 @@ def check_service(form: Form, options: dict) -> None:
             fix += ". For a server elsewhere, check base_url, https_proxy and all_proxy as well"
         problem = f"{form.reward}: no rating from {url} (model {model}): {_without_key(error)}"
         raise ValueError(f"{problem}. Fix: {fix}.") from None  # the cause may hold the key
+
+
+def _is_address(url) -> bool:
+    try:
+        parts = urlsplit(url)
+        if re.fullmatch(r"[\d.]+", parts.hostname or ""):
+            ipaddress.IPv4Address(parts.hostname)
+        return bool(_ADDRESS.fullmatch(url)) and parts.port != 0  # beyond 65535 it is a ValueError
+    except (AttributeError, TypeError, ValueError):
+        return False
 
 
 async def _ask(client, form: Form, model: str, prompt: str, completion: str, max_tokens: int):

@@ -75,8 +75,12 @@ def chat_prompt(is_seq2seq: bool, system_prompt: str | None, history: list[dict]
     """Return the prompt of a chat's next turn. A seq2seq model gets the text alone, behind the run's prefix."""
     if is_seq2seq:
         return (system_prompt or "") + text
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, *history, {"role": "user", "content": text}]
+    return [*system_message(system_prompt), *history, {"role": "user", "content": text}]
+
+
+def system_message(system_prompt: str | None) -> list[dict]:
+    """Return the message with which a prompt begins, or none."""
+    return [{"role": "system", "content": system_prompt}] if system_prompt else []
 
 
 @dataclass

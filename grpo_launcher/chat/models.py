@@ -96,7 +96,7 @@ def run_checkpoints(run: Path, base: str | None = None) -> list[Checkpoint]:
     """Return a run's base model, its checkpoints by step and the final one, as far as they are whole."""
     steps = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     folders = [*sorted(steps, key=lambda path: int(path.name.split("-")[1])), run / runs.FINAL]
-    whole = [path for path in folders if path.is_dir() and _problem(path) is None]
+    whole = [path for path in folders if path.is_dir() and _problem(path, base) is None]
     model = base or locate(runs.load_run(run).values["model_name_or_path"], run)
     return [Checkpoint("base", model, run=run), *(find_checkpoint(str(path), base) for path in whole)]
 
@@ -112,7 +112,7 @@ def find_checkpoint(name: str, base: str | None = None) -> Checkpoint:
         if name.startswith((".", "/", "~", str(runs.ROOT))) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise UserError(name, "there is no such folder")
         return Checkpoint(name, name)
-    if problem := _problem(folder):
+    if problem := _problem(folder, base):
         raise UserError(name, *problem)
     parents = (folder.resolve().parent, folder.parent)
     run = next((parent for parent in parents if (parent / runs.RUN_FILE).exists()), None)
@@ -149,7 +149,7 @@ def locate(name: str, run: Path | None) -> str:
     return name
 
 
-def _problem(folder: Path) -> tuple[str, str] | None:
+def _problem(folder: Path, base: str | None) -> tuple[str, str] | None:
     """Return why a folder is no checkpoint, and the fix. The trainer writes trainer_state.json last."""
     if (folder / runs.RUN_FILE).exists():
         return "this is a run", f"name one of its checkpoints, such as {folder / runs.FINAL}"
@@ -159,8 +159,8 @@ def _problem(folder: Path) -> tuple[str, str] | None:
     is_adapter = (folder / ADAPTER_CONFIG).exists()
     if is_adapter and not any(folder.glob("adapter_model.*")):
         return f"{ADAPTER_CONFIG} is there and {ADAPTER_WEIGHTS} is not", "take another checkpoint"
-    if is_adapter and not _named_base(folder):
-        return f"its {ADAPTER_CONFIG} names no base model", "take another checkpoint"
+    if is_adapter and not (base or _named_base(folder)):
+        return f"its {ADAPTER_CONFIG} names no base model", "name it: --base MODEL"
     if not is_adapter and not any(file for name in WEIGHTS for file in folder.glob(name)):
         return f"this folder holds no checkpoint ({', '.join(WEIGHTS)} or {ADAPTER_CONFIG})", ""
     return None

@@ -1,6 +1,7 @@
 """Fixtures of the tests with real servers and real ranks on the CPU."""
 
 import hashlib
+import itertools
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,8 @@ def made_once(request):
     """
     root = request.config.cache.mkdir("quickstart")
     content = hashlib.sha256()
-    for path in sorted(path for name in ("quickstart", "datasets") for path in (PACKAGE / name).glob("*.*")):
+    sources = (PACKAGE.glob(pattern) for pattern in ("quickstart/*.*", "datasets/*.*", "data.py", "tools.py"))
+    for path in sorted(itertools.chain.from_iterable(sources)):
         content.update(path.read_bytes())
     for package in ("torch", "transformers", "tokenizers", "trl"):
         content.update(version(package).encode())

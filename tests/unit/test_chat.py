@@ -98,6 +98,7 @@ def test_an_adapter_that_names_no_base_is_refused(content, capsys):
     Path("lost/adapter_config.json").write_text(content)
     assert demo_in_chat.main(["lost", "--prompt", "Hello?"]) == 2
     assert "adapter_config.json names no base model" in capsys.readouterr().err
+    assert find_checkpoint("lost", base="base").base == "base"
 
 
 # Transformers in this process

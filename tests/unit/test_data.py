@@ -66,10 +66,10 @@ def test_a_folder_of_save_to_disk_is_read(streaming, tmp_path):
     """Of one Dataset, which is the split train, or of a DatasetDict; whatever format it was saved in."""
     rows = Dataset.from_dict({"prompt": TEXTS, "number": [1, 2, 3]})
     rows.with_format("numpy").save_to_disk(tmp_path / "one")
-    DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
+    DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two [1]")
     (split,) = load_splits(str(tmp_path / "one"), streaming=streaming).values()
     assert [row["prompt"] for row in split] == TEXTS and type(split[0]["number"]) is int
-    splits = load_splits(str(tmp_path / "two"), streaming=streaming)
+    splits = load_splits(str(tmp_path / "two [1]"), streaming=streaming)
     assert {name: len(list(split)) for name, split in splits.items()} == {"train": 3, "test": 1}
 
 
