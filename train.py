@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
 
         run = check_recipe(argv)
     run.folder = Path(run.values["output_dir"])  # of all nodes; each has its own part of it for logs
-    with quick_imports(run.values["load_in_4bit"] or run.values["load_in_8bit"]):
+    with quick_imports(run.values):
         from grpo_launcher import plugins
         from grpo_launcher.callbacks import EndOnRequest, Guards, RunLog, guard_limits
         from grpo_launcher.config import build_dataclasses, sends_files
@@ -107,8 +107,7 @@ def save(trainer, run: Run, is_whole: bool) -> None:
     peak = memory_peak(trainer.accelerator)
     if trainer.is_world_process_zero():
         print_summary(run.folder)
-        plan = f" The plan said {run.planned_memory}." if run.planned_memory else ""
-        print(f"A rank held up to {peak:.1f} GiB.{plan}")
+        print(f"A rank held up to {peak:.1f} GiB.{run.planned_memory}")
         if is_whole:
             print(f"Saved {run.folder / FINAL}", flush=True)
     trainer.accelerator.wait_for_everyone()

@@ -57,12 +57,15 @@ class Run:
     @property
     def memory_plan(self) -> str:
         """What the plan said of the memory, as a sentence that follows another; empty without the launcher."""
-        return "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
+        return "".join(f" The plan said {line}." for line in self._memory_lines())
 
     @property
     def planned_memory(self) -> str:
-        """The sum in that line; empty without the launcher."""
-        return self.memory_plan.rpartition(" = ")[2].partition(";")[0]
+        """The sum in it and what else takes memory there; empty without the launcher."""
+        return "".join(f" The plan said {line.rpartition(' = ')[2]}." for line in self._memory_lines())
+
+    def _memory_lines(self) -> list[str]:
+        return [line for line in self.plan if line.startswith("memory:")]
 
     def write(self) -> None:
         """Write run.json, and recipe.yaml with the given fields alone, so that it can be started again."""

@@ -21,15 +21,19 @@ def skip_deepspeed_ops() -> None:
 
 
 @contextmanager
-def quick_imports(quantises: bool = False) -> Iterator[None]:
+def quick_imports(values: dict | None = None) -> Iterator[None]:
     """Import without collecting garbage, which takes a fifth of the time, and without bitsandbytes, which takes 2 s.
 
     The list of all installed packages, which transformers and TRL make by themselves in half a second, is made once.
 
     Args:
-        quantises: the process needs bitsandbytes.
+        values: those of a rank. One with quantised weights needs bitsandbytes, and so does one with vLLM inside:
+            TRL looks there for quantised layers if the package is installed.
     """
-    hides = not quantises and "bitsandbytes" not in sys.modules
+    values = values or dict.fromkeys(("load_in_4bit", "load_in_8bit", "use_vllm", "vllm_mode"))
+    is_colocated = values["use_vllm"] and values["vllm_mode"] == "colocate"
+    is_needed = values["load_in_4bit"] or values["load_in_8bit"] or is_colocated
+    hides = not is_needed and "bitsandbytes" not in sys.modules
     if hides:
         sys.modules["bitsandbytes"] = None
     gc.disable()

@@ -7,7 +7,6 @@ from grpo_launcher.launch.hardware import find_gpus
 
 pytestmark = pytest.mark.slow
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
-SHORT = ["--max_steps", "3", "--sample_every", "0"]
 one_gpu = pytest.mark.skipif(len(find_gpus()) < 1, reason="no GPU is visible")
 two_gpus = pytest.mark.skipif(len(find_gpus()) < 2, reason="fewer than two GPUs are visible")
 
@@ -20,13 +19,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, *flags: str, limit: float = 1e-2) -> Launch:
-    """Run the quickstart in float32, and hold server and trainer against each other."""
-    run = Launch(folder, QUICKSTART, *SHORT, *flags)
+def train(folder, *flags: str) -> Launch:
+    """Run the quickstart in float32, and hold server and trainer against each other.
+
+    Seen on an H100: up to 0.009 in a token, and 0.06 to 0.15 where vLLM had taken 16 bits by itself.
+    """
+    run = Launch(folder, QUICKSTART, "--bf16", "false", "--sample_every", "0", *flags)
     try:
         run.finish()
         differences = [line.get("sampling/sampling_logp_difference/max", 0) for line in run.metrics()]
-        assert len(differences) >= 3 and max(differences) < limit
+        assert len(differences) >= 3 and max(differences) < 0.03
         assert run.leftovers() == []
     finally:
         run.end()
@@ -35,18 +37,11 @@ def train(folder, *flags: str, limit: float = 1e-2) -> Launch:
 
 @one_gpu
 def test_colocate_on_one_gpu(folder):
-    """VLLM inside the trainer. bf16: false is obeyed."""
-    run = train(folder, "--bf16", "false", "--colocate")
+    """VLLM inside the trainer. bf16: false is obeyed, and a finished run goes on."""
+    run = train(folder, "--max_steps", "3", "--save_steps", "3", "--colocate")
     assert "colocate" in run.text() and (run.run_folder() / "final-checkpoint/model.safetensors").exists()
-
-
-@one_gpu
-def test_resume_on_one_gpu(folder):
-    """A finished run goes on."""
-    train(folder, "--bf16", "false", "--colocate", "--save_steps", "3")
-    run = Launch(folder, QUICKSTART, "--resume", "--max_steps", "5", "--sample_every", "0")
-    run.finish()
-    assert [line["step"] for line in run.metrics()] == [1, 2, 3, 4, 5]
+    resumed = train(folder, "--max_steps", "5", "--resume")
+    assert [line["step"] for line in resumed.metrics()] == [1, 2, 3, 4, 5]
 
 
 @one_gpu
@@ -62,5 +57,5 @@ def test_four_bit_weights_train_a_step(folder):
 @pytest.mark.parametrize("sync", ["nccl", "disk"])
 def test_a_server_on_its_own_gpu(folder, sync):
     """The weights reach the server over NCCL and through shared memory."""
-    run = train(folder, "--bf16", "false", "--sync", sync)
+    run = train(folder, "--max_steps", "3", "--sync", sync)
     assert "vLLM server on GPU" in run.text()

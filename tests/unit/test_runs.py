@@ -54,6 +54,15 @@ def test_what_a_run_writes_is_valid_whatever_it_holds(work):
     assert yaml.safe_load((work / "a/recipe.yaml").read_text(encoding="utf-8")) == run.values
 
 
+def test_the_end_of_a_run_names_what_the_plan_said_of_its_memory(work):
+    """With vLLM inside, its share too: a rank's peak holds both."""
+    line = "memory: 1 million parameters; each rank: weights 1 = 1.27 of 55.8 GiB; vLLM 23.9 of the GPU's 79.6 GiB"
+    run = Run(folder=work, recipe="r", values={}, given=[], plan=["Plan for r", line])
+    assert run.planned_memory == " The plan said 1.27 of 55.8 GiB; vLLM 23.9 of the GPU's 79.6 GiB."
+    run.plan = []
+    assert run.planned_memory == ""
+
+
 def test_a_run_that_was_moved_is_read_from_where_it_is(work):
     Run(work / "a", "mine", {}, []).write()
     (work / "a").rename(work / "b")

@@ -1,5 +1,6 @@
 """What a rank need not load is not loaded, and is there for who needs it later."""
 
+import pytest
 from helpers import ROOT, run_python
 
 RANK = """
@@ -20,3 +21,12 @@ def test_a_rank_beside_a_server_loads_neither_vllm_nor_bitsandbytes():
     """An 8-bit optimizer still finds bitsandbytes."""
     done = run_python("-c", RANK, cwd=ROOT, DS_ACCELERATOR="cpu")
     assert done.stdout.splitlines()[-2:] == ["[]", "True True"]
+
+
+@pytest.mark.parametrize("mode, is_loaded", [("colocate", True), ("server", False)])
+def test_a_rank_with_vllm_inside_has_bitsandbytes(mode, is_loaded):
+    """TRL asks whether it is installed, and uses it by the name that its own import gave it."""
+    values = {"load_in_4bit": False, "load_in_8bit": False, "use_vllm": True, "vllm_mode": mode}
+    code = f"from grpo_launcher.slow_imports import quick_imports\nwith quick_imports({values}):\n    import sys\n"
+    code += "    import transformers, trl.generation.vllm_generation as module\nprint(hasattr(module, 'bnb'))"
+    assert run_python("-c", code, cwd=ROOT, DS_ACCELERATOR="cpu").stdout.splitlines()[-1] == str(is_loaded)
