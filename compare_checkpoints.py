@@ -40,9 +40,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.output:
         args.json = args.json or args.output / "comparison.json"
         args.markdown = args.markdown or args.output / "comparison.md"
-    for path in filter(None, (args.json, args.markdown)):
-        if path.exists() and not args.overwrite:
-            parser.error(f"{path} exists; add --overwrite to replace it, or name another file")
     check_least(parser, args, limit=1, max_new_tokens=1, batch_size=1, temperature=0)
     return args
 
@@ -52,6 +49,8 @@ def compare(args: argparse.Namespace) -> int:
     from grpo_launcher import evaluate, render, runs
     from grpo_launcher.chat import backends
 
+    for path in filter(None, (args.json, args.markdown)):
+        runs.check_new_file(path, args.overwrite)
     lineup = backends.line_up(args.checkpoints, args.base, args.server)
     for problem in lineup.problems.values():
         print(f"Left out: {problem}", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.optimization import get_scheduler
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from trl import ModelConfig, get_peft_config
 
@@ -86,14 +86,13 @@ class _Check:
         self.report.problems += [str(error) for error in errors]
 
     def folders(self) -> None:
-        """Try to write where a run will: a temporary folder is made in what is there already."""
+        """Try to write where a run will."""
         output = self.report.values["output_dir"] or runs.ROOT / self.report.name
         for name, folder in {"output_dir": output, "HF_HOME": datasets.config.HF_DATASETS_CACHE}.items():
-            path = Path(folder).absolute()
             try:
-                os.rmdir(tempfile.mkdtemp(prefix=".grpo-", dir=next(filter(os.path.lexists, (path, *path.parents)))))
-            except OSError as error:
-                self.refuse(name, f"{folder} cannot be made or written: {error.strerror}", "name another folder")
+                runs.check_writable(name, Path(folder))
+            except UserError as error:
+                self.report.problems.append(str(error))
 
     def model(self) -> None:
         """Read config and tokenizer of the model, and count its parameters without loading them."""
@@ -353,6 +352,8 @@ class _Check:
             fix = f"rename one of {', '.join(data.columns)} to prompt"
             if ";" in data.columns[0]:
                 fix = "separate the cells of the file by commas"
+            for column in [key for key, value in rows[0].items() if len(rows) == 1 and isinstance(value, list)]:
+                fix = f"its rows stand under {column}: write that list alone into a file"
             self.refuse("dataset_name", f"{name} has no column prompt", fix)
             return
         self.splits = {key: splits[key] for key in (split, eval_split) if key}
@@ -462,6 +463,7 @@ class _Check:
             self.report.lines.append(
                 line if rows is None else f"{line}; {rows} rows = {-(-rows // step)} steps an epoch"
             )
+            self._optimizer(args)
             return
         prompts = args.generation_batch_size // args.num_generations
         line += f"; {prompts} prompts × {args.num_generations} completions generated at once"
@@ -474,6 +476,7 @@ class _Check:
                 self.refuse("dataset_name", problem, fix)
         self.report.lines.append(line)
         self._evaluation(args, ranks)
+        self._optimizer(args)
 
     def _evaluation(self, args, ranks: int) -> None:
         rows = self.report.data.eval_rows if self.report.data else None
@@ -483,6 +486,23 @@ class _Check:
         prompts = args.per_device_eval_batch_size * ranks // completions
         line = f"evaluation: {rows} prompts × {completions} completions, {prompts} prompts at once"
         self.report.lines.append(f"{line} = {-(-rows // prompts)} rounds")
+
+    def _optimizer(self, args) -> None:
+        """Let transformers make optimizer and schedule for one weight: a run does so when all else is loaded."""
+        if not {"optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs"} & {*self.report.given}:
+            return
+        from transformers.trainer import Trainer  # half a second
+
+        field_name, value, fix = "optim", args.optim, "install what it names, or leave it and optim_args out"
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args, self.meta_model)
+            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+            field_name, value = "lr_scheduler_kwargs", args.lr_scheduler_type
+            fix = "give what it takes, or another lr_scheduler_type"
+            warmup = args.get_warmup_steps(10)
+            get_scheduler(args.lr_scheduler_type, optimizer, warmup, 10, args.lr_scheduler_kwargs)
+        except (ImportError, ValueError, TypeError, RuntimeError) as error:
+            self.refuse(field_name, f"{value.value}: {first_line(error)}", fix)
 
     def _refuse_arguments(self, message: str) -> None:
         """Add the nearest valid values to what TRL says about the batch."""

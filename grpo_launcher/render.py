@@ -19,6 +19,7 @@ from grpo_launcher.chat.backends import Completion, Prompt, Turn
 from grpo_launcher.errors import UserError
 from grpo_launcher.evaluate import LEVEL, METHOD
 from grpo_launcher.messages import last_reply, printable
+from grpo_launcher.runs import check_new_file
 
 MIN_COLUMN = 28  # cells. Narrower columns stand one below the other
 PIPE_WIDTH = 120  # cells of a console that is a file or a pipe
@@ -128,12 +129,11 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def check_outputs(paths: list[Path], overwrite: bool) -> None:
-    """Refuse outputs whose form is unknown, or that are there already."""
+    """Refuse outputs whose form is unknown, that are there already, or that cannot be written."""
     for path in paths:
         if path.suffix not in SUFFIXES:
             raise UserError(str(path), "unknown kind of file", f"end its name in {', '.join(SUFFIXES)}")
-        if path.exists() and not overwrite:
-            raise UserError(str(path), "exists already", "add --overwrite, or choose another name")
+        check_new_file(path, overwrite)
 
 
 def write(report: Report, path: Path) -> None:

@@ -19,8 +19,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from grpo_launcher.console import exit_status
+from grpo_launcher.errors import UserError
 from grpo_launcher.messages import last_reply, last_user_text, words
-from grpo_launcher.runs import METRICS, RUN_FILE, label, load_run, read_metrics, reward_weights
+from grpo_launcher.runs import METRICS, RUN_FILE, check_new_file, label, load_run, read_metrics, reward_weights
 
 PANELS = {  # metric -> title with unit, behind the rewards
     "completions/mean_length": "length (tokens)",
@@ -274,8 +276,8 @@ def _fenced(text: str, language: str = "text") -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def main(argv: list[str]) -> None:
-    """Draw the curves that the command line names."""
+def main(argv: list[str]) -> int:
+    """Draw the curves that the command line names. Return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m grpo_launcher.report",
         description=__doc__,
@@ -290,14 +292,19 @@ def main(argv: list[str]) -> None:
         parser.error("--output FILE is needed for several runs")
     if output.suffix not in (".png", ".svg", ".pdf"):
         parser.error(f"--output {output}: the ending must be .png, .svg or .pdf")
-    if output.exists() and not args.overwrite:
-        parser.error(f"{output} exists; add --overwrite to replace it, or name another --output")
-    for run in args.runs:
+    return exit_status(draw, args.runs, output, args.overwrite)
+
+
+def draw(runs: list[Path], output: Path, overwrite: bool) -> None:
+    """Write the curves of runs into a new file."""
+    check_new_file(output, overwrite)
+    for run in runs:
         if figure([run]) is None:
-            parser.error(f"{run / METRICS} is not there or holds no step yet; name a run: trainOutput/quickstart/1")
-    figure(args.runs).savefig(output, dpi=100)
+            raise UserError(str(run / METRICS), "is not there or holds no step yet", "name trainOutput/quickstart/1")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure(runs).savefig(output, dpi=100)
     print(f"Wrote {output}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -241,6 +242,29 @@ def write_json(path: Path, content: dict) -> None:
     """Write a file of JSON. What is NaN or infinite becomes null."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Refuse a path that cannot be made, before the work: a temporary folder is made in what is there of it.
+
+    Args:
+        name: field or flag that gave the path.
+        path: of a file or a folder.
+    """
+    path = Path(os.path.abspath(path))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".grpo-", dir=next(filter(os.path.lexists, (path, *path.parents)))))
+    except OSError as error:
+        raise UserError(name, f"{path} cannot be made or written: {error.strerror}", "name another place") from None
+
+
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Refuse a file that is there already, or whose folder cannot be made or written."""
+    if path.is_dir():
+        raise UserError(str(path), "is a folder", "name a file")
+    if path.exists() and not overwrite:
+        raise UserError(str(path), "exists already", "add --overwrite, or choose another name")
+    check_writable(str(path), path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:

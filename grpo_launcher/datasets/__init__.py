@@ -15,6 +15,7 @@ from pathlib import Path
 
 from grpo_launcher import hub
 from grpo_launcher.errors import UserError, first_line
+from grpo_launcher.runs import check_writable
 
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 CUT = "prompts that lose their end"
@@ -169,6 +170,7 @@ def _check(request: Request, spec: DatasetSpec) -> None:
     if request.max_prompt_length < 1 or (request.limit is not None and request.limit < 1):
         raise UserError("--max_prompt_length, --limit", "under 1", "give at least 1")
     if not request.output.exists():
+        check_writable("--output", request.output)
         return
     if not request.overwrite:
         raise UserError(f"--output {request.output}", "exists", "add --overwrite to replace it")

@@ -163,8 +163,8 @@ def test_figures_are_those_of_the_completions(compare):
         )
         == 0
     )
-    with pytest.raises(SystemExit, match="2"):
-        compare_checkpoints.main(["base", "--data", "rows", "--json", "new/a.json"])
+    assert compare_checkpoints.main(["base", "--data", "rows", "--json", "new/a.json"]) == 2
+    assert compare_checkpoints.main(["base", "--data", "rows", "--json", "new/a.json/b.json"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def home(tmp_path_factory):
             rows = [make(number) for number in range(7 if name == "seven" else count)]
             (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "empty.csv").write_text("prompt\n")
+    (folder / "wrapped.json").write_text('{"version": 1, "data": [{"prompt": "a"}, {"prompt": "b"}]}')
     (folder / "semicolons.csv").write_text("prompt;reference\na;b\n" * 64)
     (folder / "comma.jsonl").write_text('{"prompt": "a"},\n' * 64)
     chats = [{"prompt": chat(number), "reference": "It sat."} for number in range(64)]
@@ -350,12 +351,21 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
         "leave it out",
     ),
     "a package that is not there": (None, 0, f"{LENGTH} --use_liger_kernel true", "use_liger_kernel", "liger-kernel"),
+    "an optimizer's package": (None, 0, f"{LENGTH} --optim galore_adamw", "optim", "galore_torch"),
+    "a schedule's option": (
+        None,
+        0,
+        f"{LENGTH} --lr_scheduler_type cosine_with_min_lr",
+        "lr_scheduler_kwargs",
+        "min_lr_rate",
+    ),
     "a column of pictures": (None, 0, f"{LENGTH} --dataset_name image.jsonl", "dataset_name", "a picture"),
     "missing column": ("tldr_rouge", 4, "--dataset_name bare", "reward_funcs", "needs the column reference"),
     "reward model": (None, 0, "--reward_funcs owner/nothing", "reward_funcs", "owner/nothing is no reward model"),
     "reporter": ("tldr_rouge", 4, "--report_to wandb", "recipe", "wandb"),
     "guard": ("tldr_rouge", 4, "--guards '{\"kll\": null}'", "guards", "did you mean kl?"),
     "no prompts": ("tldr_lora", 2, "--dataset_name texts", "dataset_name", "rename one of text"),
+    "rows inside an object": (None, 0, f"{LENGTH} --dataset_name wrapped.json", "dataset_name", "stand under data"),
     "semicolons": (None, 0, f"{LENGTH} --dataset_name semicolons.csv", "dataset_name", "by commas"),
     "ShareGPT": (None, 0, f"{LENGTH} --dataset_name sharegpt.jsonl", "dataset_name", "row 1: prompt is [{'from'"),
     "a prompt of null": (None, 0, f"{LENGTH} --dataset_name null.jsonl", "dataset_name", "split train, row 65"),

@@ -129,10 +129,12 @@ def test_the_table_fits_80_columns_and_marks_differences():
 
 
 def test_outputs_are_refused_before_anything_is_generated(tmp_path):
-    """An unknown suffix, and a file that is there."""
+    """An unknown suffix, a file that is there, and a place where no file can be."""
     (tmp_path / "a.md").touch()
     with pytest.raises(UserError, match="exists already"):
         render.check_outputs([tmp_path / "a.md"], overwrite=False)
     render.check_outputs([tmp_path / "a.md"], overwrite=True)
+    with pytest.raises(UserError, match="cannot be made or written: Not a directory"):
+        render.check_outputs([tmp_path / "a.md/b.md"], overwrite=True)
     with pytest.raises(UserError, match="unknown kind of file"):
         render.check_outputs([tmp_path / "a.docx"], overwrite=True)

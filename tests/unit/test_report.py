@@ -166,20 +166,26 @@ def test_the_command_draws_and_replaces_nothing_unasked(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):
         write_run(tmp_path / f"run{number}", [step(1), step(2)])
-    report.main(["run1"])
+    assert report.main(["run1"]) == 0
     assert capsys.readouterr().out == "Wrote run1/curves.png\n"
     report.main(["run1", "run2", "--output", "both.svg"])
     assert (tmp_path / "both.svg").read_text().count("<svg ") == 1
     report.main(["run1", "--overwrite"])
     for argv, message in {
-        ("run1",): "run1/curves.png exists; add --overwrite",
         ("run1", "run2"): "--output FILE is needed",
         ("run1", "--output", "a.txt"): "must be .png, .svg or .pdf",
-        ("nowhere",): "nowhere/metrics.jsonl is not there",
     }.items():
         with pytest.raises(SystemExit) as refused:
             report.main([*argv])
         assert refused.value.code == 2 and message in capsys.readouterr().err
+    (tmp_path / "full.svg").mkdir()
+    for argv, message in {
+        ("run1",): "run1/curves.png: exists already",
+        ("nowhere",): "nowhere/metrics.jsonl: is not there",
+        ("run1", "--output", "full.svg"): "full.svg: is a folder",
+        ("run1", "--output", "run1/metrics.jsonl/a.svg"): "cannot be made or written: Not a directory",
+    }.items():
+        assert report.main([*argv]) == 2 and message in capsys.readouterr().err
 
 
 def test_curves_are_drawn_without_torch():
