@@ -81,7 +81,7 @@ def choose_checkpoints(
     for name in names:
         try:
             if (Path(name) / runs.RUN_FILE).exists():
-                chosen += _thin_out(run_checkpoints(Path(name), base), per_run, notes)
+                chosen += _thin_out(run_checkpoints(Path(name), base, notes), per_run, notes)
             else:
                 chosen.append(find_checkpoint(name, base))
         except UserError as error:
@@ -92,12 +92,22 @@ def choose_checkpoints(
     return _distinct_names(list(distinct.values())), problems, notes
 
 
-def run_checkpoints(run: Path, base: str | None = None) -> list[Checkpoint]:
-    """Return a run's base model, its checkpoints by step and the final one, as far as they are whole."""
+def run_checkpoints(run: Path, base: str | None, notes: list[str]) -> list[Checkpoint]:
+    """Return a run's base model, its checkpoints by step and the final one, as far as they are whole.
+
+    The checkpoint of the last step is left out with a note where the final one holds the same weights.
+    """
     steps = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     folders = [*sorted(steps, key=lambda path: int(path.name.split("-")[1])), run / runs.FINAL]
     whole = [path for path in folders if path.is_dir() and _problem(path, base) is None]
-    model = base or locate(runs.load_run(run).values["model_name_or_path"], run)
+    values = runs.load_run(run).values
+    model = base or locate(values["model_name_or_path"], run)
+    last = max((line["step"] for line in runs.read_metrics(run)), default=0)
+    twin, final = run / f"checkpoint-{last}", run / runs.FINAL
+    if {twin, final} <= {*whole} and not values["load_best_model_at_end"]:
+        if twin.stat().st_mtime <= final.stat().st_mtime:  # newer in a run that goes on behind its end
+            whole.remove(twin)
+            notes.append(f"Not shown: {twin.name}, whose weights are those of the final checkpoint.")
     return [Checkpoint("base", model, run=run), *(find_checkpoint(str(path), base) for path in whole)]
 
 

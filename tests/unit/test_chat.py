@@ -74,6 +74,12 @@ def test_names_are_told_apart_and_many_checkpoints_are_thinned_out():
     chosen, _, notes = choose_checkpoints(["trainOutput/whole/2"], per_run=4)
     assert [checkpoint.name for checkpoint in chosen] == ["base", "checkpoint-10", "checkpoint-60", "final"]
     assert len(notes) == 1 and "checkpoint-20, checkpoint-30" in notes[0] and "checkpoint-60" not in notes[0]
+    run = Path("trainOutput/whole/3")
+    (run / "metrics.jsonl").write_text('{"step": 99}\n{"step": 100}\n')
+    chosen, _, notes = choose_checkpoints([str(run)])
+    assert chosen[-2].name == "checkpoint-90" and "checkpoint-100, whose weights are those of the final" in notes[0]
+    os.utime(run / "checkpoint-100", (2**31, 2**31))  # of a run that goes on
+    assert choose_checkpoints([str(run)])[0][-2].name == "checkpoint-100"
     finals = [f"trainOutput/whole/{number}/final-checkpoint" for number in (2, 3)]
     chosen, _, _ = choose_checkpoints([*finals, "trainOutput/whole/3/checkpoint-50"])
     assert [checkpoint.name for checkpoint in chosen] == ["whole/2 final", "whole/3 final", "checkpoint-50"]
