@@ -8,6 +8,7 @@ python -m grpo_launcher.quickstart.summaries  runs the recipes that use the latt
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ class Task:
 def build(argv: list[str], doc: str, models: dict[str, Callable[[Path, int], None]], tasks: dict[str, Task]) -> None:
     """Run a command of this package: make the models and the rows that are not there yet.
 
+    The package brings the models of seed 0, so that nobody has to wait for their pre-training. They are what the same
+    command makes where the folder `models` is not there.
+
     Args:
         argv: its command line.
         doc: its description.
@@ -37,15 +41,19 @@ def build(argv: list[str], doc: str, models: dict[str, Callable[[Path, int], Non
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, formatter_class=formatter)
     parser.add_argument("--output", type=Path, default=Path("data"), help="where the folders are made (default: data)")
-    parser.add_argument("--seed", type=int, default=0, help="of rows and models (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of rows and models (default: 0, whose models come with the package)")
     parser.add_argument("--model", choices=models, nargs="+", default=[*models], help="models to make (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="make anew what is there")
     args = parser.parse_args(argv)
     for name in args.model:
         model = args.output / f"quickstart-{name}"
         if args.overwrite or not model.exists():
+            brought = Path(__file__).parent / "models" / name
             with new_folder(model) as folder:
-                models[name](folder, args.seed)
+                if args.seed == 0 and brought.exists():
+                    shutil.copytree(brought, folder, dirs_exist_ok=True)
+                else:
+                    models[name](folder, args.seed)
             print(f"Wrote {model}")
     for name, task in tasks.items():
         output = args.output / name

@@ -2,7 +2,8 @@
 
 python -m grpo_launcher.quickstart [--output data] [--seed N] [--overwrite]
 
-data/quickstart-model  pre-trained on generated posts and summaries, in a minute or two on two cores
+data/quickstart-model  pre-trained on generated posts and summaries. That of seed 0 comes with the package; another
+                       takes two to three minutes on two cores
 data/quickstart        other posts of the same kind
 """
 
@@ -13,7 +14,6 @@ from pathlib import Path
 from grpo_launcher.datasets.tldr import to_row
 from grpo_launcher.quickstart import Task, build
 from grpo_launcher.quickstart.corpus import posts, praise_dialogue, strange_post
-from grpo_launcher.quickstart.pretrain import Dialogue, pretrain
 
 PRETRAINING_POSTS = 4000
 ROWS = {"train": 640, "test": 64}
@@ -21,6 +21,8 @@ ROWS = {"train": 640, "test": 64}
 
 def make_model(folder: Path, seed: int) -> None:
     """Pre-train the model on summaries, and on a little of what other recipes and chats put to it."""
+    from grpo_launcher.quickstart.pretrain import Dialogue, pretrain
+
     rng = random.Random(seed)
     dialogues = []
     for number, post in enumerate(posts(PRETRAINING_POSTS, seed)):

@@ -107,7 +107,7 @@ def pretrain(
     if drill:
         learn(_batches(drill, DRILL_BATCH, seed), DRILL_STEPS)
     learn(_batches(dialogues, BATCH, seed), steps)
-    model.save_pretrained(output)
+    model.bfloat16().float().save_pretrained(output)  # such a file takes half of the space in an archive
     tokenizer.save_pretrained(output)
 
 

@@ -1,25 +1,17 @@
 """Fixtures of the tests with real servers and real ranks on the CPU."""
 
-import hashlib
-import itertools
-import shutil
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from helpers import ROOT, Launch, run_python
-
-PACKAGE = ROOT / "grpo_launcher"
 
 
 def pytest_collection_modifyitems(items):
-    """Mark every test of this folder slow. The files that wait for the quickstart's model come after the others."""
+    """Mark every test of this folder slow, and let them come first: the short ones fill the end evenly."""
     slow = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in slow:
         item.add_marker(pytest.mark.slow)
-    waiting = {item.path for item in slow if "quickstart_data" in item.fixturenames}
-    items.sort(key=lambda item: (item not in slow, item.path in waiting))
+    items.sort(key=lambda item: item not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -39,38 +31,11 @@ def launch():
 
 
 @pytest.fixture(scope="session")
-def made_once(request):
-    """Return a function that gives the folder that `python -m MODULE --output FOLDER` fills.
-
-    pytest's cache keeps it for all workers and for later sessions, until the code or a library that makes it changes.
-    """
-    root = request.config.cache.mkdir("quickstart")
-    content = hashlib.sha256()
-    sources = (PACKAGE.glob(pattern) for pattern in ("quickstart/*.*", "datasets/*.*", "data.py", "tools.py"))
-    for path in sorted(itertools.chain.from_iterable(sources)):
-        content.update(path.read_bytes())
-    for package in ("torch", "transformers", "tokenizers", "trl"):
-        content.update(version(package).encode())
-
-    def get(module: str) -> Path:
-        folder = root / f"{module}-{content.hexdigest()[:12]}"
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                draft = root / f"{folder.name}.draft"
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir()
-                # Two threads: the other worker of pytest may have nothing to do but to wait for it.
-                run_python("-m", module, "--output", draft, cwd=draft, OMP_NUM_THREADS=2)
-                draft.rename(folder)
-        return folder
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def quickstart_data(made_once):
+def quickstart_data(tmp_path_factory) -> Path:
     """A folder with the quickstart's base model and posts, as `python -m grpo_launcher.quickstart` makes them."""
-    return made_once("grpo_launcher.quickstart")
+    folder = tmp_path_factory.mktemp("quickstart")
+    run_python("-m", "grpo_launcher.quickstart", "--output", folder, cwd=folder)
+    return folder
 
 
 @pytest.fixture

@@ -5,17 +5,17 @@ from statistics import mean
 
 import pandas
 import pytest
-from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_again
+from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_again, run_python
 
 from grpo_launcher import runs
 from grpo_launcher.messages import tool_calls
 
 
 @pytest.fixture(scope="module")
-def run(made_once, tmp_path_factory, launch, serve) -> Launch:
+def run(tmp_path_factory, launch, serve) -> Launch:
     """Ten steps of configs/quickstart_calculator.yaml, beside a server that goes on after them."""
     folder = tmp_path_factory.mktemp("tools")
-    (folder / "data").symlink_to(made_once("grpo_launcher.quickstart.tools"))
+    run_python("-m", "grpo_launcher.quickstart.tools", cwd=folder)
     flags = ["--max_steps", "10", "--vllm_server_base_url", serve(folder, "quickstart_calculator")]
     return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), *flags).finish()
 

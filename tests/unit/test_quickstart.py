@@ -116,23 +116,39 @@ def test_folders_are_made_once_and_whole(tmp_path, capsys):
     tasks = {"quickstart": Task("tldr", lambda seed: {"train": corpus.posts(20, seed), "test": corpus.posts(4, 9)})}
     argv = ["--output", str(tmp_path / "data")]
     with pytest.raises(RuntimeError, match="the power is gone"):
-        build(argv, "", {"model": fail}, tasks)
+        build(argv, "", {"small": fail}, tasks)
     assert not (tmp_path / "data").exists()
-    build([*argv, "--seed", "3"], "", {"model": make_small}, tasks)
+    build([*argv, "--seed", "3"], "", {"small": make_small}, tasks)
     made = load_dataset(str(tmp_path / "data/quickstart"))
     assert (len(made["train"]), len(made["test"])) == (20, 4)
     assert made["train"][0]["reference"] == corpus.posts(1, 3)[0]["completion"].strip()
-    build(argv, "", {"model": fail}, tasks)
-    assert (tmp_path / "data/quickstart-model/seed").read_text() == "3"
-    build([*argv, "--overwrite"], "", {"model": make_small}, tasks)
-    assert (tmp_path / "data/quickstart-model/seed").read_text() == "0"
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["quickstart", "quickstart-model"]
+    build(argv, "", {"small": fail}, tasks)
+    assert (tmp_path / "data/quickstart-small/seed").read_text() == "3"
+    build([*argv, "--overwrite"], "", {"small": make_small}, tasks)
+    assert (tmp_path / "data/quickstart-small/seed").read_text() == "0"
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["quickstart", "quickstart-small"]
     assert (tmp_path / "data/quickstart").stat().st_mode & 0o777 == (tmp_path / "data").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("name", ["model", "tool-model"])
+def test_the_models_of_seed_0_come_with_the_package(name, tmp_path):
+    """They end their turns. Another seed is trained."""
+    build(["--output", str(tmp_path)], "", {name: make_small}, {})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"quickstart-{name}")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / f"quickstart-{name}")
+    row = corpus.posts(1, 7)[0] if name == "model" else {"prompt": "What is 2 + 3 - 1?"}
+    messages = [{"role": "user", "content": row["prompt"]}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    completion = model.generate(**prompt, do_sample=False, max_new_tokens=200)[0, prompt["input_ids"].shape[1] :]
+    words = tokenizer.decode(completion)
+    assert words.endswith("<|im_end|>") and (words.startswith("My ") or '<tool_call>\n{"name": "calc' in words), words
+    build(["--output", str(tmp_path), "--seed", "1", "--overwrite"], "", {name: make_small}, {})
+    assert (tmp_path / f"quickstart-{name}/seed").read_text() == "1"
 
 
 def test_the_tasks_of_the_tools_become_datasets(tmp_path):
     """Sums; questions, and the corpus that answers them."""
-    build(["--output", str(tmp_path)], "", {"tool-model": make_small}, tools.TASKS)
+    build(["--output", str(tmp_path)], "", {"small": make_small}, tools.TASKS)
     sums = load_dataset(str(tmp_path / "quickstart_calculator"))
     assert (len(sums["train"]), len(sums["test"])) == (360, 40) and sums["train"][0]["needs_tool"] is True
     assert len((tmp_path / "quickstart_search_qa/corpus.jsonl").read_text().splitlines()) == 300
