@@ -16,7 +16,7 @@ import pandas
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.nn.functional import pad
 from transformers import (
     AutoConfig,
@@ -43,7 +43,7 @@ from grpo_launcher.recovery import Recovery
 from grpo_launcher.runs import FINAL, report_progress
 from grpo_launcher.trl_version import check_trl_version
 from grpo_launcher.verdict import verdict
-from grpo_launcher.weight_sync import DiskSyncClient, send_adapter
+from grpo_launcher.weight_sync import DiskSyncClient, merged_parameters, send_adapter
 
 REFERENCE = "reference.pth"  # in a checkpoint, where the reference follows the policy
 COMPARED_TOKENS = 32  # at most, of a prompt and of its completion
@@ -92,8 +92,12 @@ class Trainer(GRPOTrainer):
             if sends_files:
                 self._recovery = Recovery(client, self.args.vllm_server_timeout, self._report)
             send_weights = self.vllm_generation.sync_weights
+            generation, model = self.vllm_generation, self.vllm_generation.model
             if adapter_sync:
-                send_weights = functools.partial(send_adapter, self.vllm_generation.model, self._dist, client)
+                send_weights = functools.partial(send_adapter, model, self._dist, client)
+            elif isinstance(model, PeftModel):
+                walk = generation._iter_named_params
+                generation._iter_named_params = functools.partial(merged_parameters, model, walk)
             self.vllm_generation.sync_weights = functools.partial(self._sync, send_weights)
 
     def _sync(self, send_weights) -> None:

@@ -1,15 +1,18 @@
-"""Weights from trainer to vLLM server as files in shared memory: all of them, or those of a LoRA adapter alone.
+"""Weights from trainer to vLLM: as files in shared memory, of a LoRA adapter alone, and merged without a trace.
 
-For CPUs, where NCCL cannot connect the two, and where a rank has no memory for the whole model (adapter).
+Files are for CPUs, where NCCL cannot connect the two, and the adapter for ranks without memory for the whole model.
 """
 
 import os
 import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import requests
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from requests.adapters import HTTPAdapter
 from safetensors.torch import save_file
 from trl.generation.vllm_client import VLLMClient
@@ -138,6 +141,44 @@ def send_adapter(model: PeftModel, dist, client: DiskSyncClient | None) -> None:
             weights = get_peft_model_state_dict(model, parameters, save_embedding_layers=False)
             weights = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
             client.load_adapter(model.peft_config["default"], weights)
+
+
+def merged_parameters(model: PeftModel, walk: Callable[[], Iterator]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the names and weights that vLLM gets of a model with LoRA. The model's own weights are not touched.
+
+    TRL adds the adapter to the weights in place and takes it away again. In 16 bits that does not give the weights
+    back, so each push would change the frozen base. And vLLM's NCCL engine packs its last tensors after the end of
+    the walk, where TRL has taken the adapter away already.
+
+    Args:
+        model: it is not wrapped.
+        walk: VLLMGeneration._iter_named_params, which gathers the weights.
+    """
+    layers = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[name.removeprefix("base_model.model.").replace(".base_layer", "")].append(module)
+    model.merge_adapter = model.unmerge_adapter = lambda: None  # hides the methods that TRL calls
+    try:
+        for name, weight in walk():
+            owner, _, attribute = name.rpartition(".")
+            yield name, _merged(layers[owner], attribute) if owner in layers else weight
+    finally:
+        del model.merge_adapter, model.unmerge_adapter
+
+
+@torch.no_grad()
+def _merged(layers: list[BaseTunerLayer], attribute: str) -> torch.Tensor:
+    """Return a weight of the layer below `layers` with their adapter, as a copy."""
+    base = layers[0].get_base_layer()
+    before = {name: parameter.data for name, parameter in base.named_parameters(recurse=False)}
+    for layer in layers:
+        layer.merge(safe_merge=True)  # into a new tensor
+        layer.merged_adapters.clear()
+    merged = getattr(base, attribute).data
+    for name, weight in before.items():
+        getattr(base, name).data = weight
+    return merged
 
 
 def _new_folder() -> tempfile.TemporaryDirectory:

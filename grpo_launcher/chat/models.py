@@ -104,10 +104,10 @@ def run_checkpoints(run: Path, base: str | None, notes: list[str]) -> list[Check
     model = base or locate(values["model_name_or_path"], run)
     last = max((line["step"] for line in runs.read_metrics(run)), default=0)
     twin, final = run / f"checkpoint-{last}", run / runs.FINAL
-    if {twin, final} <= {*whole} and not values["load_best_model_at_end"]:
-        if twin.stat().st_mtime <= final.stat().st_mtime:  # newer in a run that goes on behind its end
-            whole.remove(twin)
-            notes.append(f"Not shown: {twin.name}, whose weights are those of the final checkpoint.")
+    are_there = {twin, final} <= {*whole} and not values["load_best_model_at_end"]
+    if are_there and twin.stat().st_mtime <= final.stat().st_mtime:  # newer in a run that goes on behind its end
+        whole.remove(twin)
+        notes.append(f"Not shown: {twin.name}, whose weights are those of the final checkpoint.")
     return [Checkpoint("base", model, run=run), *(find_checkpoint(str(path), base) for path in whole)]
 
 

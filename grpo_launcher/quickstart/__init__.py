@@ -41,7 +41,7 @@ def build(argv: list[str], doc: str, models: dict[str, Callable[[Path, int], Non
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, formatter_class=formatter)
     parser.add_argument("--output", type=Path, default=Path("data"), help="where the folders are made (default: data)")
-    parser.add_argument("--seed", type=int, default=0, help="of rows and models (default: 0, whose models come with the package)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0, whose models come with the package")
     parser.add_argument("--model", choices=models, nargs="+", default=[*models], help="models to make (default: all)")
     parser.add_argument("--overwrite", action="store_true", help="make anew what is there")
     args = parser.parse_args(argv)

@@ -1,14 +1,20 @@
 """After every push server and trainer score the same tokens: a fault in the sync ends a run in its own step."""
 
+import contextlib
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from table_server import TableServer, train_beside
 from transformers import AutoModelForCausalLM
+from trl.generation.vllm_generation import VLLMGeneration
 
 from grpo_launcher import trainer as trainer_module
 from grpo_launcher.callbacks import SYNC_DIFFERENCE, Guards, guard_limits
 from grpo_launcher.runs import read_metrics
+from grpo_launcher.weight_sync import merged_parameters
 
 FLAGS = ["--max_steps", "3", "--learning_rate", "1e-2", "--lora_target_modules", "all-linear"]
 FLAGS += ["--vllm_importance_sampling_correction", "false", "--max_completion_length", "8"]
@@ -79,6 +85,38 @@ def train(model, tmp_path, monkeypatch):
         return guards.stopped, [line[SYNC_DIFFERENCE] for line in read_metrics(tmp_path) if "reward" in line]
 
     return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+        {"target_modules": ["q_proj", "k_proj"], "lora_bias": True},
+        {"target_modules": ["embed_tokens", "o_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    ],
+    ids=["LoRA", "DoRA", "biases", "embeddings", "a whole layer"],
+)
+def test_a_push_sends_merged_weights_and_changes_none(model, options):
+    """In 16 bits, and for a reader that looks at the tensors after the walk, as vLLM's NCCL engine does."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    adapted = get_peft_model(base, LoraConfig(r=4, **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    generation = object.__new__(VLLMGeneration)
+    generation.model = adapted
+    generation._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: contextlib.nullcontext())
+    for _ in range(3):
+        sent = dict(list(merged_parameters(adapted, generation._iter_named_params)))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapted.named_parameters())
+    whole = dict(copy.deepcopy(adapted).merge_and_unload(safe_merge=True).named_parameters())
+    assert sent.keys() == whole.keys() and all(torch.equal(sent[name], whole[name]) for name in whole)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).state_dict()
+    assert sum(not torch.equal(sent[name], original[name]) for name in sent) >= 3
 
 
 @pytest.mark.parametrize(
