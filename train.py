@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     run.folder = Path(run.values["output_dir"])  # of all nodes; each has its own part of it for logs
     with quick_imports(run.values):
         from grpo_launcher import plugins
-        from grpo_launcher.callbacks import EndOnRequest, Guards, RunLog, guard_limits
+        from grpo_launcher.callbacks import EndOnRequest, Guards, RunLog, guard_limits, sync_limit
         from grpo_launcher.config import build_dataclasses, sends_files
         from grpo_launcher.data import load_for_training, load_tokenizer
         from grpo_launcher.layout import server_dtype
@@ -61,8 +61,8 @@ def main(argv: list[str]) -> int:
     rewards = []
     if not is_sft:
         rewards = plugins.load_rewards(recipe.reward_funcs, recipe.reward_kwargs, timeout=recipe.reward_timeout)
-    is_16_bit = server_dtype(run.values) != "float32"
-    limits = guard_limits(recipe.guards, run.values["beta"], is_16_bit, recipe.refuse_hopeless)
+    max_sync = sync_limit(server_dtype(run.values), args.device.type)
+    limits = guard_limits(recipe.guards, run.values["beta"], max_sync, recipe.refuse_hopeless)
     guards = Guards(run.folder, limits, metric="loss" if is_sft else "reward")
     end_on_request = EndOnRequest(run.folder)
     trainer = build_trainer(

@@ -231,7 +231,6 @@ GUARDS = {
     "frac_reward_zero_std": {"max": 0.95, "steps": 20},
 }
 HOPELESS = {"max": 0.95, "steps": 2}
-SYNC_DIFFERENCE_16_BIT = 0.3  # rounding alone makes some hundredths
 ADVICE = {
     FAILED_RATINGS: "see in train.log why the reward gave no rating",
     "grad_norm": "lower learning_rate or max_grad_norm",
@@ -242,19 +241,30 @@ ADVICE = {
 }
 
 
+def sync_limit(dtype: str, device: str) -> float:
+    """Return the SYNC_DIFFERENCE that a run may have: in 16 bits rounding alone makes some hundredths.
+
+    Args:
+        dtype: in which the server computes.
+        device: type of the trainer's device. The kernels of a GPU may round their factors (TF32).
+    """
+    if dtype != "float32":
+        return 0.3
+    return 0.03 if device == "cuda" else GUARDS[SYNC_DIFFERENCE]["max"]
+
+
 def guard_limits(
-    given: dict | None, beta: float, is_16_bit: bool = False, refuse_hopeless: bool = False
+    given: dict | None, beta: float, max_sync: float = GUARDS[SYNC_DIFFERENCE]["max"], refuse_hopeless: bool = False
 ) -> dict[str, dict]:
     """Merge the recipe's guards into the defaults: metric -> {"min" and/or "max", "steps"}; null switches one off.
 
-    With refuse_hopeless that of the groups without spread stops a run, after two steps.
+    max_sync is that of SYNC_DIFFERENCE. With refuse_hopeless that of the groups without spread stops a run, after two
+    steps.
 
     Raises:
         UserError: an unknown guard or bound, a bound that is no number, a KL guard with beta 0.
     """
-    limits = dict(GUARDS)
-    if is_16_bit:
-        limits[SYNC_DIFFERENCE] = {"max": SYNC_DIFFERENCE_16_BIT, "steps": 1}
+    limits = GUARDS | {SYNC_DIFFERENCE: {"max": max_sync, "steps": 1}}
     for name, limit in (given or {}).items():
         if name not in GUARDS:
             raise UserError("guards", f"there is no guard {name!r}", did_you_mean(name, GUARDS))

@@ -237,6 +237,10 @@ def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: O
         )
     elif wants_colocate or (count == 1 and given_mode != "server"):
         layout.vllm_mode = "colocate"
+        size = values["vllm_tensor_parallel_size"]
+        if count % size:
+            problem = f"{size}: with vLLM inside, that many ranks share one, and there are {count} ranks"
+            choice.refuse("vllm_tensor_parallel_size", problem, f"give a number that divides {count}")
     elif options.num_nodes > 1:
         problem = "missing, and with several nodes the server has a machine of its own"
         choice.refuse("vllm_server_base_url", problem, "start one (docs/launcher.md, Several nodes), or --colocate")

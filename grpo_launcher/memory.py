@@ -1,11 +1,12 @@
 """Estimate the memory of each rank and of the server before anything is loaded. Standard library only."""
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, replace
 
 from grpo_launcher.errors import UserError
-from grpo_launcher.layout import Hardware, Layout
+from grpo_launcher.layout import Hardware, Layout, server_dtype
 from grpo_launcher.preflight_runner import ModelInfo
 
 GIB = 2**30
@@ -154,7 +155,14 @@ def _device(values: dict, layout: Layout, hardware: Hardware, load: Load) -> tup
 
 def _check_server(values: dict, layout: Layout, parameters: int) -> list[UserError]:
     problems = []
-    weights = 2 * parameters / GIB
+    weights = (4 if server_dtype(values) == "float32" else 2) * parameters / GIB
+    if layout.use_vllm and layout.vllm_mode == "colocate" and layout.train_gpus:
+        device, part = min(gpu.memory for gpu in layout.train_gpus), weights / values["vllm_tensor_parallel_size"]
+        share = values["vllm_gpu_memory_utilization"]
+        if part > 0.8 * share * device:
+            problem = f"{share}: vLLM gets {share * device:.1f} GiB of a GPU, for {part:.1f} GiB of weights"
+            fix = f"give at least {math.ceil(part / 0.8 / device * 20) / 20:g}, or a larger vllm_tensor_parallel_size"
+            problems.append(UserError("vllm_gpu_memory_utilization", problem, fix))
     count = layout.tensor_parallel
     if layout.server_gpus and weights / count > 0.8 * min(gpu.memory for gpu in layout.server_gpus):
         problem = f"{count}: {weights:.0f} GiB of weights do not fit the server's GPUs"

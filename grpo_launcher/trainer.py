@@ -813,6 +813,7 @@ def _with_completion(rows: Dataset) -> Dataset:
 def _build_seq2seq_sft(name: str, config, args, datasets: dict, *, quantization_config, peft_config, callbacks):
     """Build transformers' trainer: TRL has no SFT for encoder-decoder models."""
     loading = {"trust_remote_code": args.trust_remote_code, "quantization_config": quantization_config}
+    loading["device_map"] = None  # TRL's default is "auto" on a GPU, which neither ZeRO-3 nor DDP can use
     # Under ZeRO-3 ranks that skip different layers wait for each other for ever.
     loading |= {field: 0.0 for field in seq2seq.no_dropout(config) if "layerdrop" in field}
     model = create_model_from_path(name, seq2seq.model_class(config), **loading, **args.model_init_kwargs)

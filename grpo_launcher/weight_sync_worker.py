@@ -18,7 +18,7 @@ class DiskSyncWorker:
         On a CPU vLLM packs each matrix when it loads it. A head that is tied to the embeddings keeps its old packing,
         and would go on generating with stale weights, so it is packed again here.
         """
-        self.model_runner.reload_weights(weights_path=path)
+        self.reload_weights(weights_path=path)
         model = self.model_runner.get_model()
         if self.device.type == "cpu" and getattr(model.config, "tie_word_embeddings", False):
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm

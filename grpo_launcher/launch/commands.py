@@ -93,6 +93,8 @@ def trainer_command(layout: Layout, hardware: Hardware, folder: Path, node: Node
     if layout.train_gpus:
         host = urlsplit(layout.server_url).hostname if layout.server_url else HOST
         devices = _gpu_env(layout.train_gpus) | {"VLLM_HOST_IP": way_to(host)[1]}  # the server connects to it
+        threads = max(1, len(hardware.cpus) // len(layout.train_gpus))  # accelerate's 1 is slow for offload_optimizer
+        devices["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     else:
         threads = max(1, len(hardware.cpus) // 2)
         devices = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}

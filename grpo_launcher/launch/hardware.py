@@ -92,7 +92,7 @@ def find_gpus() -> list[Gpu]:
             raise UserError("CUDA_VISIBLE_DEVICES", f"there is no GPU {name}", f"use some of {indices}")
         if match[1] in uuids:
             raise UserError("CUDA_VISIBLE_DEVICES", f"GPU {name} is named twice", "NCCL needs a GPU for each rank")
-        chosen.append(Gpu(name, *match[2:]))
+        chosen.append(Gpu(match[0] if name == match[0] else match[1], *match[2:]))  # vLLM wants the whole id
         uuids.append(match[1])
     return chosen
 

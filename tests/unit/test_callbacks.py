@@ -10,6 +10,7 @@ from transformers import TrainerControl, TrainerState
 
 from grpo_launcher.callbacks import (
     GUARDS,
+    SYNC_DIFFERENCE,
     Guards,
     RunLog,
     console,
@@ -17,6 +18,7 @@ from grpo_launcher.callbacks import (
     metric_changes,
     print_sample,
     print_summary,
+    sync_limit,
 )
 from grpo_launcher.errors import UserError
 from grpo_launcher.runs import checkpoints, last_checkpoint, read_metrics
@@ -144,6 +146,12 @@ def test_guards_can_be_set_and_switched_off(tmp_path, capsys):
     assert "Warning" not in capsys.readouterr().out
     (tmp_path / "strict").mkdir()
     assert "kl is 0.3" in watch(tmp_path / "strict", [{"kl": 0.3}] * 3, {"kl": {"max": 0.2}})[0].stopped
+
+
+def test_server_and_trainer_may_differ_by_what_rounding_explains():
+    limits = [sync_limit(*where) for where in (("float32", "cpu"), ("float32", "cuda"), ("bfloat16", "cuda"))]
+    assert limits == [0.001, 0.03, 0.3]
+    assert [guard_limits(None, 0.1, limit)[SYNC_DIFFERENCE]["max"] for limit in limits] == limits
 
 
 @pytest.mark.parametrize(

@@ -396,6 +396,7 @@ def test_server_and_ranks_share_no_device_and_see_no_folder_of_the_user(server, 
         devices = [part.env["CUDA_VISIBLE_DEVICES"] for part in (command, trainer)]
         if gpus:
             assert devices == ["3", "0,1,2"] and trainer.env["VLLM_HOST_IP"] == "127.0.0.1"
+            assert trainer.env["OMP_NUM_THREADS"] == str(max(1, len(machine.cpus) // 3))
             assert "--weight-transfer-config" in command.argv and "--worker-extension-cls" not in command.argv
         else:
             assert devices == ["", ""] and trainer.env["DS_ACCELERATOR"] == "cpu"
@@ -430,7 +431,13 @@ def test_visible_devices_are_respected(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert hardware.find_gpus() == [Gpu(index, 24.0, 9.0) for index in "012"]
-    for visible, found in {"2,GPU-aa": ["2", "GPU-aa"], "": [], "-1": [], "NoDevFiles": []}.items():
+    for visible, found in {
+        "2,GPU-aa": ["2", "GPU-aa"],
+        "GPU-b": ["GPU-bb"],
+        "": [],
+        "-1": [],
+        "NoDevFiles": [],
+    }.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert [gpu.id for gpu in hardware.find_gpus()] == found
     for visible, message in {"0,GPU-aa": "GPU-aa is named twice", "5": "no GPU 5"}.items():

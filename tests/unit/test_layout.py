@@ -115,6 +115,12 @@ def test_a_machine_that_only_serves(vllm_gpus, size, server_gpus, replicas):
     {
         "no whole replicas": (4, Options(vllm_gpus=3), {"vllm_tensor_parallel_size": 2}, "--vllm_gpus"),
         "server GPUs and colocate": (4, Options(colocate=True, vllm_gpus=2), {}, "--vllm_gpus"),
+        "ranks that do not share evenly": (
+            4,
+            Options(colocate=True),
+            {"vllm_tensor_parallel_size": 3},
+            "vllm_tensor_parallel_size",
+        ),
         "server and --colocate": (4, Options(colocate=True), {"vllm_mode": "server"}, "--colocate"),
         "server on one GPU": (1, None, {"vllm_mode": "server"}, "vllm_mode"),
         "colocate at a URL": (4, None, {"vllm_mode": "colocate", "vllm_server_base_url": "http://a:1"}, "vllm_mode"),

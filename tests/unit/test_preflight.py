@@ -18,10 +18,12 @@ from helpers import ROOT
 from tiny_models import TEMPLATE, make_encoder_model, make_model
 from transformers import BartConfig, Qwen2Config, T5Config
 
+from grpo_launcher.config import load_config
 from grpo_launcher.errors import UserError
-from grpo_launcher.layout import Gpu, Hardware, Options
+from grpo_launcher.layout import Gpu, Hardware, Options, choose_layout
+from grpo_launcher.memory import check_memory
 from grpo_launcher.preflight import preflight
-from grpo_launcher.preflight_runner import Report, run_preflight
+from grpo_launcher.preflight_runner import ModelInfo, Report, run_preflight
 
 SYSTEM = "Answer in one sentence."
 STREAM = "--dataset_streaming true --reward_funcs rewards.length.length_reward"
@@ -290,6 +292,25 @@ def test_what_does_not_fit_comes_with_settings_that_do(check):
 def test_a_rank_of_a_server_has_less_where_vllm_shares_the_gpu(check):
     colocated, alone = (check("tldr_length", gpus, *WIDE, small=False) for gpus in (1, 2))
     assert "vLLM 7.2 of the GPU's 24.0 GiB" in colocated.lines[-1] and "of 24.0 GiB" in alone.lines[-1]
+
+
+@pytest.mark.parametrize(("billions", "gpu", "gpus"), [(7.6, 40, 4), (14.8, 80, 4), (3.1, 16, 4)])
+def test_vllm_inside_gets_room_for_its_weights(billions, gpu, gpus):
+    """The share that the message names is enough."""
+    model = ModelInfo(int(billions * 1e9), "its config.json", layers=28, hidden=3584, vocabulary=152_064)
+    model.trainable, model.row_tokens, model.row_activations = 40_000_000, 1024, 2e9
+    machine = Hardware([Gpu(str(index), gpu) for index in range(gpus)], [0], 256)
+
+    def problems(*flags: str) -> list[UserError]:
+        config = load_config(["--model_name_or_path", "m", "--dataset_name", "d", "--use_peft", "true", *flags])
+        options = Options(colocate=True)
+        layout, filled, _ = choose_layout(config.values, config.given, machine, options, False, model.parameters)
+        return check_memory(config.values | filled, layout, machine, model, False)[2]
+
+    (problem,) = problems()
+    assert problem.field == "vllm_gpu_memory_utilization"
+    share = re.search(r"at least ([\d.]+)", problem.fix)[1]
+    assert "vllm_gpu_memory_utilization" not in [each.field for each in problems(f"--{problem.field}", share)]
 
 
 def test_what_the_report_holds(check):

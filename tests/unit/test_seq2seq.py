@@ -1,5 +1,7 @@
 """seq2seq.py: how encoder-decoder models are loaded, sampled and scored, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -43,6 +45,14 @@ def build(models, tmp_path):
         return made
 
     return make
+
+
+def test_a_supervised_run_on_a_gpu_spreads_no_model(build, monkeypatch):
+    """TRL lets transformers place a model on GPUs where nothing else is said, and ZeRO-3 refuses that."""
+    monkeypatch.setattr("trl.trainer.utils.PartialState", lambda: SimpleNamespace(device=torch.device("cuda", 0)))
+    monkeypatch.setattr("transformers.integrations.accelerate.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setitem(globals(), "ROWS", ROWS.add_column("reference", ["The cat."] * len(ROWS)))
+    assert next(build("t5", "--method", "sft").model.parameters()).device.type == "cpu"
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
