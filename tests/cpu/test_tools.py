@@ -1,23 +1,20 @@
 """Tools in a real run: two ranks that need different numbers of turns, and a model that was taught to call."""
 
-import sys
 from statistics import mean
 
 import pandas
 import pytest
-from helpers import ROOT, Launch, is_in_sync, means, read_metrics, run_again, run_python
+from helpers import ROOT, Launch, is_in_sync, means, run_python
 
-from grpo_launcher import runs
 from grpo_launcher.messages import tool_calls
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, launch, serve) -> Launch:
-    """Ten steps of configs/quickstart_calculator.yaml, beside a server that goes on after them."""
+def run(tmp_path_factory, launch) -> Launch:
+    """Ten steps of configs/quickstart_calculator.yaml."""
     folder = tmp_path_factory.mktemp("tools")
     run_python("-m", "grpo_launcher.quickstart.tools", cwd=folder)
-    flags = ["--max_steps", "10", "--vllm_server_base_url", serve(folder, "quickstart_calculator")]
-    return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), *flags).finish()
+    return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), "--max_steps", "10").finish()
 
 
 @pytest.mark.parametrize("measure", ["tool_success", "calculation_accuracy"])
@@ -43,15 +40,3 @@ def test_every_completion_belongs_to_its_prompt(run):
     assert len({prompt for prompt, _ in calls}) > 8
     assert all(line["tools/tokens"] > 0 and line["tools/call_frequency"] > 0 for line in lines)
     assert "(turns with tools)" in run.text() and "→ calculator(expression=" in run.text()
-
-
-def test_trls_own_tool_loop_still_mixes_prompts_up(run):
-    """Without our lockstep the run fails or mixes prompts up. Where it does not, the override can go (trl#6673)."""
-    status, folder = run_again(run, "train_stock_tools.py", 120, max_steps=2)
-    log = (folder / "train.log").read_text()
-    is_lost = status == 124 or (status != 0 and "in _tool_call_loop" in log)
-    differences = []
-    if (folder / runs.METRICS).exists():
-        differences = [line["sampling/sampling_logp_difference/max"] for line in read_metrics(folder)]
-    print(status, differences, file=sys.stderr)
-    assert is_lost or max(differences) > 1e-2, log[-3000:]
