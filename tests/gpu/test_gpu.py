@@ -7,6 +7,7 @@ from grpo_launcher.launch.hardware import find_gpus
 
 pytestmark = pytest.mark.slow
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+LORA = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--learning_rate", "4e-3"]
 one_gpu = pytest.mark.skipif(len(find_gpus()) < 1, reason="no GPU is visible")
 two_gpus = pytest.mark.skipif(len(find_gpus()) < 2, reason="fewer than two GPUs are visible")
 
@@ -54,8 +55,9 @@ def test_four_bit_weights_train_a_step(folder):
 
 
 @two_gpus
+@pytest.mark.parametrize("flags", [[], LORA], ids=["whole", "LoRA"])
 @pytest.mark.parametrize("sync", ["nccl", "disk"])
-def test_a_server_on_its_own_gpu(folder, sync):
+def test_a_server_on_its_own_gpu(folder, sync, flags):
     """The weights reach the server over NCCL and through shared memory."""
-    run = train(folder, "--max_steps", "3", "--sync", sync)
+    run = train(folder, "--max_steps", "3", "--sync", sync, *flags)
     assert "vLLM server on GPU" in run.text()
