@@ -176,6 +176,13 @@ class _Check:
         self._full_sampling()
         self._lora()
         self._packages()
+        whole = not values["use_peft"]
+        if values["parallel"] == "ddp" and whole and values["dtype"] in ("bfloat16", "float16"):
+            problem = f"{values['dtype']}: DDP keeps no weights in 32 bits beside these, and small updates are lost"
+            self.refuse("dtype", problem, "dtype: float32 (with bf16: true it computes in 16 bits), or LoRA, or zero3")
+        if values["use_transformers_continuous_batching"] and (values["bf16"] or values["fp16"]):
+            problem = "in 16 bits TRL writes the weights themselves in 16 bits, and small updates are lost"
+            self.refuse("use_transformers_continuous_batching", problem, "leave it out")
         if values["remove_unused_columns"] and values["method"] != "sft":
             self.refuse("remove_unused_columns", "true would keep the columns from the rewards", "leave it out")
         if values["sync_ref_model"] and values["beta"] == 0:
@@ -203,7 +210,19 @@ class _Check:
             for name in [name for name in given if name.startswith("lora_") or name == "use_dora"]:
                 self.refuse(name, "it has no effect: nothing asks for LoRA", "use_peft: true, or leave it out")
         if values["use_peft"] and self.meta_model is not None:
+            self._tied_weights()
             self._check_lora_targets()
+
+    def _tied_weights(self) -> None:
+        """Refuse what would train the embeddings or the head alone where vLLM has one matrix for both."""
+        if not self.report.layout.use_vllm or not self.meta_model.config.get_text_config().tie_word_embeddings:
+            return
+        both = (self.meta_model.get_input_embeddings(), self.meta_model.get_output_embeddings())
+        names = {name.split(".")[-1] for name, module in self.meta_model.named_modules() if module in both}
+        for field_name in ("lora_modules_to_save", "lora_target_modules"):
+            for name in names & {*(self.report.values[field_name] or [])}:
+                problem = f"{name}: this model has one matrix for embeddings and head, and vLLM would keep it so"
+                self.refuse(field_name, problem, "leave it out, or use_vllm: false")
 
     def _packages(self) -> None:
         """Refuse what needs a package that is looked for only when the model is loaded."""
@@ -233,8 +252,9 @@ class _Check:
         values = self.report.values
         if not self.report.layout.use_vllm or not values["vllm_importance_sampling_correction"]:
             return
-        whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        given = {name: values[name] for name in whole} | (values["generation_kwargs"] or {})
+        whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "vllm_structured_outputs_regex": None}
+        whole |= dict.fromkeys(("structured_outputs", "allowed_token_ids", "bad_words", "logit_bias"))
+        given = {name: values.get(name) for name in whole} | (values["generation_kwargs"] or {})
         for name, value in whole.items():
             if given[name] not in (value, None, -1):
                 problem = f"{given[name]}: vLLM reports the log-probabilities among the tokens that this leaves, and "

@@ -83,6 +83,8 @@ class Trainer(GRPOTrainer):
         self._compared_prompt = None
         super().__init__(*args, **kwargs)
         self.is_seq2seq = seq2seq.is_seq2seq(self.model.config)
+        # Others, such as GPT-2, count positions from the left end: there a row's figures depend on its padding.
+        self._has_relative_positions = bool(getattr(self.model.config.get_text_config(), "rope_parameters", None))
         self._upcoming = deque()  # batches that were read and not yet trained
         self._next_block = None
         self._recovery = None
@@ -155,7 +157,9 @@ class Trainer(GRPOTrainer):
 
         GRPOTrainer._calculate_rewards gives NaN for None, and the weighted sum takes NaN for 0: a failed rating would
         shift the advantages of its whole group. Here it takes its group's mean, which moves none. It stays NaN where
-        the reward failed for the whole group. `rewards/NAME/failed` is the share of failed ratings.
+        the reward failed for the whole group, where nothing else has rated the completion (TRL leaves that one out of
+        mean and standard deviation), and where each reward is normalised by itself.
+        `rewards/NAME/failed` is the share of failed ratings.
 
         A reward of weight 0 is a measure. Its None means that it does not apply, and stays.
         """
@@ -171,6 +175,9 @@ class Trainer(GRPOTrainer):
                 self._measure_values[self.mode, name].append(rewards[:, index])
             else:
                 self._metrics[self.mode][f"rewards/{name}/failed"].append(failed[:, index].float().mean().item())
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            return rewards
+        failed &= ~rewards.isnan().all(dim=1, keepdim=True)
         group_means = rewards.view(-1, group_size, rewards.shape[1]).nanmean(dim=1)
         return torch.where(failed, group_means.repeat_interleave(group_size, dim=0), rewards)
 
@@ -570,7 +577,7 @@ class Trainer(GRPOTrainer):
                 super()._get_per_token_logps_and_entropies, model, compute_entropy=compute_entropy, **kwargs
             )
             is_plain = all(value is None or value is False for value in kwargs.values())  # no images, no experts
-            if not is_plain or self.pad_to_multiple_of:
+            if not is_plain or self.pad_to_multiple_of or not self._has_relative_positions:
                 return score(input_ids, attention_mask, logits_to_keep, batch_size)
             rows = batch_size or len(input_ids)
             # A CPU gains nothing from many rows at once. With reentrant gradient checkpointing each part would have a
@@ -741,9 +748,12 @@ def build_trainer(
         loading["attn_implementation"] = model_args.attn_implementation
     args.model_init_kwargs = {**loading, **(args.model_init_kwargs or {})}
     datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    peft_config = get_peft_config(model_args)
+    if peft_config and model_args.model_revision != "main":
+        peft_config.revision = model_args.model_revision  # the adapter names its base with it
     options = {
         "quantization_config": get_quantization_config(model_args),
-        "peft_config": get_peft_config(model_args),
+        "peft_config": peft_config,
         "callbacks": callbacks,
     }
     if recipe.method == "grpo":
@@ -826,8 +836,9 @@ def _build_seq2seq_sft(name: str, config, args, datasets: dict, *, quantization_
                 args.gradient_checkpointing_kwargs = {"use_reentrant": True}  # the same (trl#2514)
     revision = args.model_init_kwargs["revision"]
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    tokenizer.padding_side = "right"  # one that GRPO has saved pads on the left, labels too
     limit = seq2seq.max_positions(config)
-    return Seq2SeqTrainer(
+    trainer = Seq2SeqTrainer(
         model,
         args=args,
         processing_class=tokenizer,
@@ -835,3 +846,5 @@ def _build_seq2seq_sft(name: str, config, args, datasets: dict, *, quantization_
         callbacks=callbacks,
         **{split: rows and seq2seq.tokenize_references(rows, tokenizer, limit) for split, rows in datasets.items()},
     )
+    trainer.model_accepts_loss_kwargs = False  # they take num_items_in_batch, and do not divide by it
+    return trainer

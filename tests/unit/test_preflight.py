@@ -16,7 +16,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from helpers import ROOT
 from tiny_models import TEMPLATE, make_encoder_model, make_model
-from transformers import BartConfig, Qwen2Config, T5Config
+from transformers import AutoConfig, BartConfig, Qwen2Config, T5Config
 
 from grpo_launcher.config import load_config
 from grpo_launcher.errors import UserError
@@ -97,6 +97,8 @@ def home(tmp_path_factory):
     make_model(folder / "model", seed=0)
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     make_model(folder / "no-system", seed=0, template=refusal + TEMPLATE)
+    shutil.copytree(folder / "model", folder / "tied")
+    AutoConfig.from_pretrained(folder / "model", tie_word_embeddings=True).save_pretrained(folder / "tied")
     make_encoder_model(folder / "bart", "bart", positions=64)
     for name, config in {
         "small-t5": T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, decoder_start_token_id=0),
@@ -372,6 +374,28 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
         "leave it out",
     ),
     "a package that is not there": (None, 0, f"{LENGTH} --use_liger_kernel true", "use_liger_kernel", "liger-kernel"),
+    "weights of 16 bits in DDP": (None, 4, f"{LENGTH} --parallel ddp --dtype bfloat16", "dtype", "updates are lost"),
+    "weights in 16 bits, written by TRL": (
+        None,
+        4,
+        f"{LENGTH} --use_transformers_continuous_batching true",
+        "use_transformers_continuous_batching",
+        "updates are lost",
+    ),
+    "a head that vLLM ties": (
+        None,
+        4,
+        f"{LENGTH} --model_name_or_path tied --use_peft true --lora_modules_to_save lm_head",
+        "lora_modules_to_save",
+        "one matrix",
+    ),
+    "a pattern with the correction": (
+        None,
+        4,
+        f"{LENGTH} --vllm_structured_outputs_regex [0-9]+",
+        "vllm_structured_outputs_regex",
+        "importance sampling",
+    ),
     "an optimizer's package": (None, 0, f"{LENGTH} --optim galore_adamw", "optim", "galore_torch"),
     "a schedule's option": (
         None,

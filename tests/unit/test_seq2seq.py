@@ -55,6 +55,27 @@ def test_a_supervised_run_on_a_gpu_spreads_no_model(build, monkeypatch):
     assert next(build("t5", "--method", "sft").model.parameters()).device.type == "cpu"
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_a_supervised_step_is_the_same_in_one_batch_and_in_four(kind, build, models, monkeypatch):
+    """Also from a tokenizer that GRPO has saved, which pads on the left."""
+    rows = ROWS.select(range(8)).add_column("reference", ["The cat.", "The cat sat."] * 4)
+    monkeypatch.setitem(globals(), "ROWS", rows)
+    tokenizer = AutoTokenizer.from_pretrained(models / kind, padding_side="left")
+    tokenizer.save_pretrained(models / kind)
+    figures = []
+    for size, batches in ((8, 1), (2, 4)):
+        flags = ["--per_device_train_batch_size", size, "--gradient_accumulation_steps", batches, "--max_steps", 1]
+        flags += ["--learning_rate", 0, "--logging_steps", 1, "--save_strategy", "no"]
+        trainer = build(kind, "--method", "sft", *map(str, flags))
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.model.config.dropout = 0.0
+        trainer.train()
+        figures.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert figures[1] == pytest.approx(figures[0], rel=0.1)
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("kind", TARGETS)
 def test_log_probabilities_are_those_of_teacher_forcing(kind, lora, build, models):

@@ -20,8 +20,15 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_models import make_encoder_model, make_model
-from transformers import AutoTokenizer, PrinterCallback, Qwen2Config, Qwen2ForSequenceClassification
+from tiny_models import TEMPLATE, make_encoder_model, make_model, make_tokenizer
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
@@ -53,6 +60,10 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     make_model(folder / "causal", seed=0)
     make_encoder_model(folder / "t5", "t5")
+    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer.save_pretrained(folder / "gpt2")
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "gpt2")
     return folder
 
 
@@ -116,6 +127,28 @@ def test_rows_are_scored_without_the_padding_of_longer_ones(build):
     assert (longest[3], next_one[3]) == (5 * 30, ours[3])
     trainer.args.gradient_checkpointing = True  # one forward pass alone
     assert score(trainer._get_per_token_logps_and_entropies)[3] == 5 * 18
+
+
+def test_where_positions_count_padding_all_rows_have_one_width(build):
+    """As TRL scores them: else policy and reference would stand at other positions, and differ from the start."""
+    trainer = build([reward("none", [0.0] * 4)], "--gradient_checkpointing", "false", kind="gpt2")
+    trainer.model.eval()
+    ids = torch.randint(10, 100, (5, 18), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * (6 - used) + [1] * (12 + used) for used in (2, 3, 4, 5, 6)])
+    ours = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 12)[0]
+    stock = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, 12)[0]
+    torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
+def test_completions_without_any_rating_do_not_raise_the_weight_of_the_others(build, how):
+    """TRL leaves them out of mean and standard deviation."""
+    advantages = []
+    for stock in (False, True):
+        trainer = build([reward("judge", [1.0, 0.0, None, None])], "--multi_objective_aggregation", how, stock=stock)
+        advantages.append(trainer._prepare_inputs([ROWS[0]] * 4)["advantages"].sort().values)
+    torch.testing.assert_close(*advantages)
+    assert advantages[0].abs().sum() > 1
 
 
 def test_a_failed_rating_moves_no_advantage(build):
