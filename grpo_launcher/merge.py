@@ -39,14 +39,17 @@ def merge(adapter: Path) -> None:
 
     from grpo_launcher.seq2seq import model_class
 
-    base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config = PeftConfig.from_pretrained(adapter)
+    name, revision = config.base_model_name_or_path, config.revision or "main"
     dtype = "auto" if torch.cuda.is_available() else torch.float32
-    base = model_class(AutoConfig.from_pretrained(base_name)).from_pretrained(base_name, dtype=dtype)
-    tokenizer_folder = adapter if (adapter / "tokenizer_config.json").exists() else base_name
+    kind = model_class(AutoConfig.from_pretrained(name, revision=revision))
+    base = kind.from_pretrained(name, revision=revision, dtype=dtype)
     draft = Path(tempfile.mkdtemp(prefix=f".{MERGED}-", dir=adapter))
     try:
         PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(draft)
-        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(draft)
+        has_tokenizer = (adapter / "tokenizer_config.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else name, revision=revision)
+        tokenizer.save_pretrained(draft)
         draft.chmod(0o755)  # mkdtemp makes it readable for this user alone
         shutil.rmtree(adapter / MERGED, ignore_errors=True)
         draft.rename(adapter / MERGED)

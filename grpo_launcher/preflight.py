@@ -255,6 +255,9 @@ class _Check:
         whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "vllm_structured_outputs_regex": None}
         whole |= dict.fromkeys(("structured_outputs", "allowed_token_ids", "bad_words", "logit_bias"))
         given = {name: values.get(name) for name in whole} | (values["generation_kwargs"] or {})
+        if "temperature" in given:
+            problem = "temperature: the trainer scores at that of the field temperature"
+            self.refuse("generation_kwargs", problem, "set that one")
         for name, value in whole.items():
             if given[name] not in (value, None, -1):
                 problem = f"{given[name]}: vLLM reports the log-probabilities among the tokens that this leaves, and "

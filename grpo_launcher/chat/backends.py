@@ -150,7 +150,7 @@ class ModelPool:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.lock = threading.Lock()
         self.models, self.tools = {}, {}
-        self.names = {checkpoint.model for checkpoint in checkpoints}
+        self.names = {checkpoint.model_key for checkpoint in checkpoints}
 
     @contextmanager
     def active(self, checkpoint: Checkpoint, config):
@@ -173,11 +173,11 @@ class ModelPool:
     def _load(self, checkpoint: Checkpoint, config):
         from peft import PeftModel
 
-        name, adapter = checkpoint.model, _adapter_name(checkpoint)
+        name, adapter = checkpoint.model_key, _adapter_name(checkpoint)
         if name not in self.models:
             self._make_room(name, config)
             dtype = "auto" if self.device == "cuda" else torch.float32
-            model = _from_pretrained(seq2seq.model_class(config), name, checkpoint, dtype=dtype)
+            model = _from_pretrained(seq2seq.model_class(config), checkpoint.model, checkpoint, dtype=dtype)
             if seq2seq.is_seq2seq(config):
                 model.generation_config = seq2seq.plain_generation_config(model)
             self.models[name] = model.to(self.device).eval()
@@ -234,7 +234,7 @@ class LocalModel:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # As in training: the tokenizer's token ends a completion, and those of the generation config.
         try:
-            listed = GenerationConfig.from_pretrained(checkpoint.model).eos_token_id
+            listed = GenerationConfig.from_pretrained(checkpoint.model, revision=checkpoint.revision).eos_token_id
         except OSError:  # a model need not have that file
             listed = self.config.eos_token_id
         listed = listed if isinstance(listed, list) else [listed]
@@ -560,6 +560,8 @@ def _adapter_name(checkpoint: Checkpoint) -> str:
 
 
 def _from_pretrained(kind, name: str, checkpoint: Checkpoint, **options):
+    if name == checkpoint.model:
+        options["revision"] = checkpoint.revision
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

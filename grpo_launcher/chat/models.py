@@ -26,17 +26,24 @@ class Checkpoint:
         path: folder or Hub id of the model or of the adapter.
         base: folder or Hub id of the adapter's base model. None for a whole model.
         run: folder of the run that wrote it.
+        revision: of the whole model, where that is on the Hub.
     """
 
     name: str
     path: str
     base: str | None = None
     run: Path | None = None
+    revision: str = "main"
 
     @property
     def model(self) -> str:
         """The folder or Hub id of the whole model that has to be in memory."""
         return self.base or self.path
+
+    @property
+    def model_key(self) -> str:
+        """The same for each revision of it."""
+        return self.model if self.revision == "main" else f"{self.model}@{self.revision}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,11 @@ def run_checkpoints(run: Path, base: str | None, notes: list[str]) -> list[Check
     if are_there and twin.stat().st_mtime <= final.stat().st_mtime:  # newer in a run that goes on behind its end
         whole.remove(twin)
         notes.append(f"Not shown: {twin.name}, whose weights are those of the final checkpoint.")
-    return [Checkpoint("base", model, run=run), *(find_checkpoint(str(path), base) for path in whole)]
+    revision = "main" if base else values["model_revision"]
+    return [
+        Checkpoint("base", model, run=run, revision=revision),
+        *(find_checkpoint(str(path), base) for path in whole),
+    ]
 
 
 def find_checkpoint(name: str, base: str | None = None) -> Checkpoint:
@@ -133,7 +144,10 @@ def find_checkpoint(name: str, base: str | None = None) -> Checkpoint:
             label += " (best)"
     if not (folder / ADAPTER_CONFIG).exists():
         return Checkpoint(label, str(folder), run=run)
-    return Checkpoint(label, str(folder), base or locate(_named_base(folder), run), run)
+    if base:
+        return Checkpoint(label, str(folder), base, run)
+    name, revision = _named_base(folder)
+    return Checkpoint(label, str(folder), locate(name, run), run, revision)
 
 
 def run_settings(run: Path | None) -> GenerationSettings:
@@ -169,17 +183,19 @@ def _problem(folder: Path, base: str | None) -> tuple[str, str] | None:
     is_adapter = (folder / ADAPTER_CONFIG).exists()
     if is_adapter and not any(folder.glob("adapter_model.*")):
         return f"{ADAPTER_CONFIG} is there and {ADAPTER_WEIGHTS} is not", "take another checkpoint"
-    if is_adapter and not (base or _named_base(folder)):
+    if is_adapter and not (base or _named_base(folder)[0]):
         return f"its {ADAPTER_CONFIG} names no base model", "name it: --base MODEL"
     if not is_adapter and not any(file for name in WEIGHTS for file in folder.glob(name)):
         return f"this folder holds no checkpoint ({', '.join(WEIGHTS)} or {ADAPTER_CONFIG})", ""
     return None
 
 
-def _named_base(adapter: Path) -> str | None:
-    """Return what the file of an adapter names as its base; None where it names nothing, or is no JSON."""
+def _named_base(adapter: Path) -> tuple[str | None, str]:
+    """Return what the file of an adapter names as its base, and its revision; None where it names none."""
     with suppress(ValueError, AttributeError):
-        return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return config.get("base_model_name_or_path"), config.get("revision") or "main"
+    return None, "main"
 
 
 def _thin_out(checkpoints: list[Checkpoint], limit: int | None, notes: list[str]) -> list[Checkpoint]:

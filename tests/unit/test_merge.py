@@ -4,13 +4,16 @@ import os
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from tiny_models import make_adapter, make_encoder_model, make_model
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from grpo_launcher import merge
-from grpo_launcher.config import load_config
+from grpo_launcher.chat.backends import line_up
+from grpo_launcher.config import build_dataclasses, load_config
 from grpo_launcher.errors import UserError
+from grpo_launcher.trainer import build_trainer
 
 
 @pytest.mark.parametrize("kind", ["causal", "t5"])
@@ -40,6 +43,40 @@ def test_the_merged_model_computes_what_base_and_adapter_do(kind, tmp_path, caps
     assert torch.allclose(merged, adapted, atol=1e-4) and (adapted - plain).abs().max() > 1e-2
     os.utime(tmp_path / "adapter/adapter_model.safetensors", (2e9, 2e9))
     assert merge.needs_merge(name) == name
+
+
+def test_the_revision_that_was_trained_on_is_loaded(tmp_path, monkeypatch):
+    """By merge, chat and comparison: the adapter names it."""
+    make_model(tmp_path / "base", seed=0)
+    flags = ["--model_name_or_path", str(tmp_path / "base"), "--dataset_name", "rows", "--use_peft", "true"]
+    flags += ["--model_revision", "v1.0", "--use_cpu", "true", "--bf16", "false", "--report_to", "none"]
+    recipe, args, model_args = build_dataclasses(load_config(flags).values)
+    rows = Dataset.from_dict({"prompt": ["The cat"] * 8})
+    options = {"train_dataset": rows, "eval_dataset": None, "reward_funcs": [len], "callbacks": []}
+    trainer = build_trainer(recipe, args, model_args, run=tmp_path / "run", **options)
+    trainer.save_model(str(tmp_path / "run/final-checkpoint"))
+    loaded = []
+
+    def record(kind):
+        load = kind.from_pretrained
+
+        def from_pretrained(name, *args, **kwargs):
+            if str(name) == str(tmp_path / "base"):
+                loaded.append((kind, kwargs.get("revision")))
+            return load(name, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    for kind in (AutoConfig, AutoModelForCausalLM, GenerationConfig):
+        record(kind)
+    merge.merge(tmp_path / "run/final-checkpoint")
+    assert {(AutoConfig, "v1.0"), (AutoModelForCausalLM, "v1.0")} <= {*loaded}
+    loaded.clear()
+    (model,) = line_up([str(tmp_path / "run/final-checkpoint")], None, []).models
+    with model.pool.active(model.checkpoint, model.config):
+        pass
+    kinds = {kind for kind, revision in loaded if revision == "v1.0"}
+    assert kinds >= {AutoConfig, GenerationConfig} and model.checkpoint.model_key.endswith("base@v1.0")
 
 
 def test_what_is_no_adapter_is_left_as_it_is(tmp_path):

@@ -389,6 +389,13 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
         "lora_modules_to_save",
         "one matrix",
     ),
+    "a second temperature": (
+        None,
+        4,
+        f"{LENGTH} --generation_kwargs '{{\"temperature\": 0.5}}'",
+        "generation_kwargs",
+        "temperature",
+    ),
     "a pattern with the correction": (
         None,
         4,
