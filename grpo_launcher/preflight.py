@@ -183,6 +183,9 @@ class _Check:
         if values["use_transformers_continuous_batching"] and (values["bf16"] or values["fp16"]):
             problem = "in 16 bits TRL writes the weights themselves in 16 bits, and small updates are lost"
             self.refuse("use_transformers_continuous_batching", problem, "leave it out")
+        if "temperature" in (values["generation_kwargs"] or {}):
+            problem = "temperature: the trainer scores at that of the field temperature"
+            self.refuse("generation_kwargs", problem, "set that one")
         if values["remove_unused_columns"] and values["method"] != "sft":
             self.refuse("remove_unused_columns", "true would keep the columns from the rewards", "leave it out")
         if values["sync_ref_model"] and values["beta"] == 0:
@@ -255,9 +258,6 @@ class _Check:
         whole = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "vllm_structured_outputs_regex": None}
         whole |= dict.fromkeys(("structured_outputs", "allowed_token_ids", "bad_words", "logit_bias"))
         given = {name: values.get(name) for name in whole} | (values["generation_kwargs"] or {})
-        if "temperature" in given:
-            problem = "temperature: the trainer scores at that of the field temperature"
-            self.refuse("generation_kwargs", problem, "set that one")
         for name, value in whole.items():
             if given[name] not in (value, None, -1):
                 problem = f"{given[name]}: vLLM reports the log-probabilities among the tokens that this leaves, and "
@@ -512,20 +512,24 @@ class _Check:
 
     def _optimizer(self, args) -> None:
         """Let transformers make optimizer and schedule for one weight: a run does so when all else is loaded."""
-        if not {"optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs"} & {*self.report.given}:
+        weights, schedule = [torch.nn.Parameter(torch.zeros(1))], args.lr_scheduler_type
+        faults = (ImportError, ValueError, TypeError, RuntimeError)
+        try:
+            optimizer = torch.optim.SGD(weights, args.learning_rate)
+            get_scheduler(schedule, optimizer, args.get_warmup_steps(10), 10, args.lr_scheduler_kwargs)
+        except faults as error:
+            fix = "give what it takes, or another lr_scheduler_type"
+            self.refuse("lr_scheduler_kwargs", f"{schedule.value}: {first_line(error)}", fix)
+        if not {"optim", "optim_args"} & {*self.report.given}:
             return
         from transformers.trainer import Trainer  # half a second
 
-        field_name, value, fix = "optim", args.optim, "install what it names, or leave it and optim_args out"
         try:
             kind, options = Trainer.get_optimizer_cls_and_kwargs(args, self.meta_model)
-            optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
-            field_name, value = "lr_scheduler_kwargs", args.lr_scheduler_type
-            fix = "give what it takes, or another lr_scheduler_type"
-            warmup = args.get_warmup_steps(10)
-            get_scheduler(args.lr_scheduler_type, optimizer, warmup, 10, args.lr_scheduler_kwargs)
-        except (ImportError, ValueError, TypeError, RuntimeError) as error:
-            self.refuse(field_name, f"{value.value}: {first_line(error)}", fix)
+            kind(weights, **options)
+        except faults as error:
+            fix = "install what it names, or leave it and optim_args out"
+            self.refuse("optim", f"{args.optim.value}: {first_line(error)}", fix)
 
     def _refuse_arguments(self, message: str) -> None:
         """Add the nearest valid values to what TRL says about the batch."""
