@@ -176,13 +176,7 @@ class _Check:
         self._full_sampling()
         self._lora()
         self._packages()
-        whole = not values["use_peft"]
-        if values["parallel"] == "ddp" and whole and values["dtype"] in ("bfloat16", "float16"):
-            problem = f"{values['dtype']}: DDP keeps no weights in 32 bits beside these, and small updates are lost"
-            self.refuse("dtype", problem, "dtype: float32 (with bf16: true it computes in 16 bits), or LoRA, or zero3")
-        if values["use_transformers_continuous_batching"] and (values["bf16"] or values["fp16"]):
-            problem = "in 16 bits TRL writes the weights themselves in 16 bits, and small updates are lost"
-            self.refuse("use_transformers_continuous_batching", problem, "leave it out")
+        self._lost_updates()
         if "temperature" in (values["generation_kwargs"] or {}):
             problem = "temperature: the trainer scores at that of the field temperature"
             self.refuse("generation_kwargs", problem, "set that one")
@@ -201,6 +195,17 @@ class _Check:
             self.refuse("max_steps", "a stream has no length", "give the number of steps, for example max_steps: 200")
         if values["resample_groups"]:
             self._resampling()
+
+    def _lost_updates(self) -> None:
+        """Refuse weights of 16 bits that nothing keeps in 32 bits: most updates are smaller than they can show."""
+        values = self.report.values
+        whole = not (values["use_peft"] or values["load_in_4bit"] or values["load_in_8bit"])
+        if values["parallel"] == "ddp" and whole and values["dtype"] in ("bfloat16", "float16"):
+            problem = f"{values['dtype']}: DDP keeps no weights in 32 bits beside these, and small updates are lost"
+            self.refuse("dtype", problem, "dtype: float32 (with bf16: true it computes in 16 bits), or LoRA, or zero3")
+        if values["use_transformers_continuous_batching"] and (values["bf16"] or values["fp16"]):
+            problem = "in 16 bits TRL writes the weights themselves in 16 bits, and small updates are lost"
+            self.refuse("use_transformers_continuous_batching", problem, "leave it out")
 
     def _lora(self) -> None:
         values, given = self.report.values, self.report.given
