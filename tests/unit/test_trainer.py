@@ -705,8 +705,7 @@ def test_a_tied_head_is_packed_again_on_a_cpu(device, tied, repacked, monkeypatc
     worker, loaded = DiskSyncWorker(), []
     model = SimpleNamespace(config=SimpleNamespace(tie_word_embeddings=tied), lm_head="head")
     worker.device = torch.device(device)
-    worker.model_runner = SimpleNamespace(
-        reload_weights=lambda *, weights_path: loaded.append(weights_path), get_model=lambda: model
-    )
+    worker.reload_weights = lambda *, weights_path: loaded.append(weights_path)  # of vLLM's Worker
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
     worker.load_weights_from("folder")
     assert loaded == ["folder"] and calls == ["head"] * repacked
