@@ -481,6 +481,7 @@ class _Check:
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
             self._refuse_arguments(str(error))
             return
+        self._optimizer(args)
         step = args.per_device_train_batch_size * ranks * args.gradient_accumulation_steps
         plural = "" if ranks == 1 else "s"
         rows = self.report.data.rows if self.report.data else None
@@ -491,7 +492,6 @@ class _Check:
             self.report.lines.append(
                 line if rows is None else f"{line}; {rows} rows = {-(-rows // step)} steps an epoch"
             )
-            self._optimizer(args)
             return
         prompts = args.generation_batch_size // args.num_generations
         line += f"; {prompts} prompts × {args.num_generations} completions generated at once"
@@ -504,7 +504,6 @@ class _Check:
                 self.refuse("dataset_name", problem, fix)
         self.report.lines.append(line)
         self._evaluation(args, ranks)
-        self._optimizer(args)
 
     def _evaluation(self, args, ranks: int) -> None:
         rows = self.report.data.eval_rows if self.report.data else None

@@ -30,9 +30,9 @@ def quick_imports(values: dict | None = None) -> Iterator[None]:
         values: those of a rank. One with quantised weights needs bitsandbytes, and so does one with vLLM inside:
             TRL looks there for quantised layers if the package is installed.
     """
-    values = values or dict.fromkeys(("load_in_4bit", "load_in_8bit", "use_vllm", "vllm_mode"))
-    is_colocated = values["use_vllm"] and values["vllm_mode"] == "colocate"
-    is_needed = values["load_in_4bit"] or values["load_in_8bit"] or is_colocated
+    values = values or {}
+    is_colocated = values.get("use_vllm") and values.get("vllm_mode") == "colocate"
+    is_needed = values.get("load_in_4bit") or values.get("load_in_8bit") or is_colocated
     hides = not is_needed and "bitsandbytes" not in sys.modules
     if hides:
         sys.modules["bitsandbytes"] = None

@@ -89,18 +89,18 @@ class Trainer(GRPOTrainer):
         self._next_block = None
         self._recovery = None
         if self.use_vllm:
-            client = getattr(self.vllm_generation, "vllm_client", None)  # of the main rank alone
+            generation, model = self.vllm_generation, self.vllm_generation.model
+            client = getattr(generation, "vllm_client", None)  # of the main rank alone
             self._next_block = NextBlock(client, sends_files) if overlap else None
             if sends_files:
                 self._recovery = Recovery(client, self.args.vllm_server_timeout, self._report)
-            send_weights = self.vllm_generation.sync_weights
-            generation, model = self.vllm_generation, self.vllm_generation.model
+            send_weights = generation.sync_weights
             if adapter_sync:
                 send_weights = functools.partial(send_adapter, model, self._dist, client)
             elif isinstance(model, PeftModel):
                 walk = generation._iter_named_params
                 generation._iter_named_params = functools.partial(merged_parameters, model, walk)
-            self.vllm_generation.sync_weights = functools.partial(self._sync, send_weights)
+            generation.sync_weights = functools.partial(self._sync, send_weights)
 
     def _sync(self, send_weights) -> None:
         """Give vLLM the weights, and say so: TRL does it within the generation."""

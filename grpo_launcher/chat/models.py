@@ -95,7 +95,7 @@ def choose_checkpoints(
             problems[name] = str(error)
     distinct = {}
     for each in chosen:
-        distinct.setdefault((str(Path(each.path).resolve()), each.base), each)
+        distinct.setdefault((str(Path(each.path).resolve()), each.base, each.revision), each)
     return _distinct_names(list(distinct.values())), problems, notes
 
 

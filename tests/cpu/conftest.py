@@ -1,5 +1,6 @@
 """Fixtures of the tests with real servers and real ranks on the CPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,28 +55,16 @@ def module_workplace(quickstart_data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve(launch):
-    """Return a function that starts a recipe's vLLM server by the command that --dry-run prints, and gives its URL."""
-    servers = []
-
-    def begin(folder: Path, recipe: str) -> str:
-        flags = [str(ROOT / f"configs/{recipe}.yaml"), "--vllm_max_model_length", "1024", "--dry-run"]
-        text = launch(folder, *flags).finish().text()
-        environment, command = text.partition("vLLM server:\n")[2].splitlines()[:2]
-        servers.append(launch(folder, command=["bash", "-c", f"{environment} exec {command}"]))
-        return f"http://127.0.0.1:{command.split('--port ')[1].split()[0]}"
-
-    yield begin
-    for server in servers:
-        server.end()
-
-
-@pytest.fixture(scope="session")
-def server_url(quickstart_data, serve, tmp_path_factory) -> str:
+def server_url(quickstart_data, launch, tmp_path_factory) -> Iterator[str]:
     """The URL of one server with the quickstart's model, for all runs that need none of their own.
 
-    Every run pushes its weights before it generates.
+    It is started by the command that --dry-run prints. Every run pushes its weights before it generates.
     """
     folder = tmp_path_factory.mktemp("server")
     (folder / "data").symlink_to(quickstart_data)
-    return serve(folder, "quickstart")
+    flags = [str(ROOT / "configs/quickstart.yaml"), "--vllm_max_model_length", "1024", "--dry-run"]
+    text = launch(folder, *flags).finish().text()
+    environment, command = text.partition("vLLM server:\n")[2].splitlines()[:2]
+    server = launch(folder, command=["bash", "-c", f"{environment} exec {command}"])
+    yield f"http://127.0.0.1:{command.split('--port ')[1].split()[0]}"
+    server.end()

@@ -85,6 +85,16 @@ def test_names_are_told_apart_and_many_checkpoints_are_thinned_out():
     assert [checkpoint.name for checkpoint in chosen] == ["whole/2 final", "whole/3 final", "checkpoint-50"]
 
 
+def test_two_revisions_of_a_base_are_two_checkpoints():
+    """They are kept in memory apart."""
+    runs = [Path(f"trainOutput/revisions/{number}") for number in (1, 2)]
+    for run, revision in zip(runs, ("main", "v1.0"), strict=True):
+        make_run(run, "base", model_revision=revision)
+    chosen, _, _ = choose_checkpoints([*map(str, runs)])
+    assert [checkpoint.revision for checkpoint in chosen] == ["main", "v1.0"]
+    assert chosen[1].model_key == f"{chosen[0].model_key}@v1.0"
+
+
 def test_what_a_run_wrote_is_found_from_any_folder(place, monkeypatch):
     """Its base, and the files that its tools read; its settings are taken over."""
     Path("corpus.jsonl").write_text('{"text": "nothing"}')
