@@ -50,12 +50,13 @@ class Load:
         """
         model, size = self.model, self.bytes_per_weight
         trained = model.trainable if self.lora else model.parameters
+        trained_size = 4 if self.lora and not self.zero3 else size  # peft and trainer.py keep an adapter in 32 bits
         share = 1 / (self.ranks if self.zero3 else 1) / GIB
         parts = {} if self.has_gpu else {"libraries": LIBRARIES}
         parts["weights"] = size * model.parameters * share
-        parts["gradients"] = size * trained * share
+        parts["gradients"] = trained_size * trained * share
         if not self.offload:
-            parts["optimizer"] = (12 if self.zero3 else 2 * size) * trained * share
+            parts["optimizer"] = (12 if self.zero3 else 2 * trained_size) * trained * share
         if self.reference and not self.lora:
             parts["reference model"] = size * model.parameters * share
         if model.reward_parameters:
@@ -63,7 +64,7 @@ class Load:
         if self.ranks > 1 or self.zero3:
             # Allocated whole; a CPU gives only the part that is written.
             bucket = BUCKET if self.zero3 and self.has_gpu else min(trained, BUCKET) if self.zero3 else trained
-            parts["gradient bucket"] = size * bucket / GIB
+            parts["gradient bucket"] = trained_size * bucket / GIB
         copies = 1 if self.has_gpu else GATHERED_ON_CPU
         gathered = copies * size * min(model.parameters, LIVE) / GIB if self.zero3 else 0
         step = {"gathered weights": gathered, "activations": self._activations(), "head": self._head()}

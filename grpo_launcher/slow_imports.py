@@ -14,15 +14,20 @@ def skip_deepspeed_ops() -> None:
 
     Call it before the arguments are built: they start DeepSpeed.
     """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" and "LOCAL_RANK" in os.environ:
-        import deepspeed.ops
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
+    if get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # looked up by this name at the first use, and kept
 
 
 @contextmanager
 def quick_imports(values: dict | None = None) -> Iterator[None]:
     """Import without collecting garbage, which takes a fifth of the time, and without bitsandbytes, which takes 2 s.
+
+    Later collections leave out what was imported.
 
     The list of all installed packages, which transformers and TRL make by themselves in half a second, is made once.
 
@@ -42,6 +47,7 @@ def quick_imports(values: dict | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()
         gc.enable()
         importlib.metadata.packages_distributions = packages
         if hides:

@@ -1,5 +1,6 @@
 """Settings of all tests, and which of them see a GPU: those of tests/gpu alone."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from grpo_launcher.launch.hardware import find_gpus
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network the client retries for minutes
 os.environ["OMP_NUM_THREADS"] = "1"  # two workers of pytest share two cores
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, as would its children
+gc.disable()  # as in slow_imports.py, until all test modules are imported
 
 
 GPU_TESTS = Path(__file__).parent / "gpu"
@@ -21,6 +23,12 @@ HAS_GPU = bool(find_gpus())
 
 def _wants_gpu(item: pytest.Item) -> bool:
     return GPU_TESTS in item.path.parents
+
+
+def pytest_collection_finish():
+    """Collect garbage again, but not what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,9 +1,11 @@
 """Shared by the tests: where things are, and real runs whose processes carry a mark, by which any is found."""
 
 import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -97,6 +99,27 @@ def run_python(*arguments, cwd: Path, timeout: float = 600, status: int = 0, **e
     return done
 
 
+def run_here(command: str, *arguments, cwd: Path) -> None:
+    """Run a Python file, or a module by its name, in this process, which has imported the libraries already."""
+    argv, sys.argv = sys.argv, [command, *map(str, arguments)]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(io.StringIO()):
+            run = runpy.run_path if command.endswith(".py") else runpy.run_module
+            run(command, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code
+    finally:
+        sys.argv = argv
+
+
+def run_code(code: str, cwd: Path) -> str:
+    """Run Python code in this process, and return what it prints."""
+    output = io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(output):
+        exec(code, {})  # noqa: S102 -- of a card that the test has just made
+    return output.getvalue()
+
+
 def memory_held_and_planned(console: str) -> tuple[float, float]:
     """Return the GiB that a rank of a run held at most, and the plan's estimate."""
     held = re.search(r"A rank held up to (\d+\.\d) GiB\. The plan said (\d+(?:\.\d+)?) of", console)
@@ -165,7 +188,7 @@ class Launch:
 
     def servers(self) -> list[psutil.Process]:
         """Return the processes of its vLLM server."""
-        return [process for process in self.processes() if "vllm.entrypoints.openai.api_server" in process.cmdline()]
+        return [process for process in self.processes() if "grpo_launcher.vllm_server" in process.cmdline()]
 
     def leftovers(self, patience: float = 0) -> list:
         """Return processes and shared-memory files that are still there after `patience` seconds."""

@@ -116,7 +116,7 @@ def server_command(values: dict, given: list[str], layout: Layout, hardware: Har
     It always loads the base model: the trainer pushes its weights before the first generation. A given vllm_* field of
     TRL becomes the server's flag, and vllm_server_args is passed through.
     """
-    argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    argv = [sys.executable, "-P", "-m", "grpo_launcher.vllm_server"]
     argv += ["--model", values["model_name_or_path"], "--dtype", server_dtype(values)]
     argv += ["--host", values["vllm_server_host"], "--port", str(values["vllm_server_port"])]
     argv += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Launch, run_python
+from helpers import ROOT, Launch, run_here
 
 
 def pytest_collection_modifyitems(items):
@@ -35,7 +35,7 @@ def launch():
 def quickstart_data(tmp_path_factory) -> Path:
     """A folder with the quickstart's base model and posts, as `python -m grpo_launcher.quickstart` makes them."""
     folder = tmp_path_factory.mktemp("quickstart")
-    run_python("-m", "grpo_launcher.quickstart", "--output", folder, cwd=folder)
+    run_here("grpo_launcher.quickstart", "--output", folder, cwd=folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import pandas
 import pytest
 import torch
 import yaml
-from helpers import ROOT, Launch, is_in_sync, run_python
+from helpers import ROOT, Launch, is_in_sync, run_here
 from judge_server import JudgeServer
 
 from rewards.perplexity import perplexity_reward
@@ -32,8 +32,8 @@ def fails(completion: str) -> bool:
 def run(module_workplace, launch, server_url) -> Launch:
     """Three steps of configs/kuakua.yaml with the quickstart's model."""
     folder: Path = module_workplace
-    prepare = [ROOT / "process_dataset.py", "kuakua", "--tokenizer", "data/quickstart-model", "--output", "praise"]
-    run_python(*prepare, "--limit", "90", cwd=folder)
+    options = ["--tokenizer", "data/quickstart-model", "--output", "praise", "--limit", "90"]
+    run_here(f"{ROOT}/process_dataset.py", "kuakua", *options, cwd=folder)
 
     def answer(completion, request):
         return "文笔很好，但是我不知道" if fails(completion) else f"{rating(completion)}分"

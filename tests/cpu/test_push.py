@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, read_metrics, run_python
+from helpers import ROOT, read_metrics, run_code, run_python
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -58,8 +58,8 @@ def test_the_commands_of_the_card_work(pushed):
     folder, _ = pushed
     card = (folder / "pushed/final-checkpoint/README.md").read_text()
     load, merge = re.findall("```python\n(.*?)```", card.replace("somebody/short", "pushed/final-checkpoint"), re.S)
-    assert len(run_python("-c", load, cwd=folder).stdout.split()) > 3
-    run_python("-c", merge, cwd=folder)
+    assert len(run_code(load, folder).split()) > 3
+    run_code(merge, folder)
     ids = AutoTokenizer.from_pretrained(folder / "merged")("My brother sold my bike.", return_tensors="pt")[
         "input_ids"
     ]

@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 import torch
 from datasets import load_dataset
-from helpers import Launch, is_in_sync, means, memory_held_and_planned, read_metrics, run_again, run_python
+from helpers import Launch, is_in_sync, means, memory_held_and_planned, read_metrics, run_again, run_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_launcher import runs
@@ -57,7 +57,7 @@ def test_two_ranks_and_a_server_ran(run):
     """Both ranks and the server were processes of their own, and the checkpoint holds the shards of two ranks."""
     lines = run.command_lines
     assert {rank for rank, line in lines if "train.py --run" in line and "accelerate" not in line} == {"0", "1"}
-    assert any("vllm.entrypoints.openai.api_server" in line for _, line in lines)
+    assert any("grpo_launcher.vllm_server" in line for _, line in lines)
     shards = {path.name for path in (run.run_folder() / "checkpoint-10/global_step10").iterdir()}
     assert {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)} <= shards
 
@@ -128,7 +128,7 @@ def test_the_card_loads_the_model(run):
     text = (final / "README.md").read_text()
     assert "# quickstart/1" in text and "## Samples" in text and (final / "curves.png").exists()
     program = re.search("```python\n(.*?)```", text, re.S)[1]
-    assert len(run_python("-c", program, cwd=run.folder).stdout.split()) > 3
+    assert len(run_code(program, run.folder).split()) > 3
 
 
 def test_its_recipe_starts_the_same_run(run, monkeypatch):

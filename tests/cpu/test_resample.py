@@ -19,7 +19,10 @@ SAME = ["reward", "grad_norm", "num_tokens", "resample/tokens", "resample/useful
 
 
 def test_two_ranks_resample_alike_and_resume_where_they_were(workplace):
-    """A run of six steps, and the same from the checkpoint of the third, which knows the prompts without spread."""
+    """A run of six steps, and the same from the checkpoint of the third, which knows the prompts without spread.
+
+    The ranks are started by accelerate's own command.
+    """
     (workplace / "mine.py").write_text(REWARD)
     rows = [
         {"prompt": [{"role": "user", "content": f"My sister sold {number} lamps."}], "number": number}
@@ -42,7 +45,8 @@ def test_two_ranks_resample_alike_and_resume_where_they_were(workplace):
     command += ["--per_device_train_batch_size", "12", "--num_generations", "8", "--max_completion_length", "16"]
     command += ["--learning_rate", "1e-4", "--lr_scheduler_type", "constant", "--warmup_steps", "0"]
     threads = {"OMP_NUM_THREADS": 1}
-    run_python(*command, "--output_dir", "whole", cwd=workplace, **threads)
+    done = run_python(*command, "--output_dir", "whole", cwd=workplace, **threads)
+    assert "deepspeed_shm_comm" not in done.stdout, "DeepSpeed compiles nothing, which needs a compiler and a minute"
     lines = read_metrics(workplace / "whole")
     for step in range(1, 7):
         kept = pandas.read_parquet(workplace / f"whole/completions/completions_{step:05d}.parquet")

@@ -13,7 +13,7 @@ def run(tmp_path_factory, launch) -> Launch:
     """The finished run. The launcher has fetched and converted the model."""
     flags = ["--max_steps", "2", "--sync", "adapter", "--use_peft", "true"]
     flags += ["--vllm_importance_sampling_correction", "true"]
-    flags += ["--per_device_train_batch_size", "2", "--num_generations", "4", "--max_completion_length", "48"]
+    flags += ["--per_device_train_batch_size", "2", "--num_generations", "2", "--max_completion_length", "8"]
     run = launch(tmp_path_factory.mktemp("work"), str(ROOT / "configs/smollm2_length.yaml"), *flags)
     run.process.wait(1200)
     if "from versions: none" in run.text():
@@ -34,7 +34,7 @@ def test_the_model_answers_in_english(run):
 
 def test_the_plan_knew_the_memory(run):
     held, planned = memory_held_and_planned(run.text())
-    assert 2 < 0.9 * held <= planned <= 1.25 * held
+    assert held > 2 and 0.9 * held <= planned <= 1.25 * held
 
 
 def test_the_server_generates_with_the_adapter(run):

@@ -4,17 +4,17 @@ from statistics import mean
 
 import pandas
 import pytest
-from helpers import ROOT, Launch, is_in_sync, means, run_python
+from helpers import ROOT, Launch, is_in_sync, means, run_here
 
 from grpo_launcher.messages import tool_calls
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, launch) -> Launch:
-    """Ten steps of configs/quickstart_calculator.yaml."""
+    """Six steps of configs/quickstart_calculator.yaml."""
     folder = tmp_path_factory.mktemp("tools")
-    run_python("-m", "grpo_launcher.quickstart.tools", cwd=folder)
-    return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), "--max_steps", "10").finish()
+    run_here("grpo_launcher.quickstart.tools", cwd=folder)
+    return launch(folder, str(ROOT / "configs/quickstart_calculator.yaml"), "--max_steps", "6").finish()
 
 
 @pytest.mark.parametrize("measure", ["tool_success", "calculation_accuracy"])
@@ -27,7 +27,7 @@ def test_calls_and_answers_become_right(run, measure):
 def test_every_completion_belongs_to_its_prompt(run):
     """Server and trainer agree on every token, and a call is about its own prompt."""
     lines = run.metrics()
-    assert len(lines) == 10 and is_in_sync(lines)
+    assert len(lines) == 6 and is_in_sync(lines)
     table = pandas.concat(map(pandas.read_parquet, sorted((run.run_folder() / "completions").glob("*.parquet"))))
     turns = table.completion.map(lambda messages: sum(message["role"] == "assistant" for message in messages))
     assert {1, 2} <= set(turns) and abs(turns.mean() - mean(line["tools/turns"] for line in lines)) < 1e-6

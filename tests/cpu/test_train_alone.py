@@ -22,7 +22,7 @@ def test_a_real_pretrained_model_learns(tmp_path):
         "--reward_kwargs",
         '{"length_reward": {"target": 300}}',
     ]
-    command += ["--beta", "0.1", "--learning_rate", "7e-4", "--lr_scheduler_type", "constant", "--max_steps", "14"]
+    command += ["--beta", "0.1", "--learning_rate", "7e-4", "--lr_scheduler_type", "constant", "--max_steps", "10"]
     command += ["--per_device_train_batch_size", "64", "--max_completion_length", "200"]
     run_python(*command, "--gradient_checkpointing", "false", cwd=tmp_path, **ONE_THREAD)
     lines = read_metrics(tmp_path / "run")

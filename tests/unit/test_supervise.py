@@ -532,7 +532,7 @@ STUB = f'''#!{sys.executable} -IS
 """Stands for every Python that the launcher starts. It stays at the stage that STUB_STAGE names."""
 import os, pathlib, signal, subprocess, sys, time
 
-module = "preflight" if "-c" in sys.argv else sys.argv[sys.argv.index("-m") + 1]
+module = "preflight" if "-c" in sys.argv else sys.argv[sys.argv.index("-m") + 1].rpartition(".")[2]
 stage = os.environ["STUB_STAGE"]
 LAYOUT = {{"method": "grpo", "is_seq2seq": False, "parallel": "zero3", "ranks": 2}}
 LAYOUT |= {{"use_vllm": True, "starts_server": True}}
