@@ -177,9 +177,13 @@ class _Check:
         self._lora()
         self._packages()
         self._lost_updates()
-        if "temperature" in (values["generation_kwargs"] or {}):
+        generation, layout = values["generation_kwargs"] or {}, self.report.layout
+        if "temperature" in generation:
             problem = "temperature: the trainer scores at that of the field temperature"
             self.refuse("generation_kwargs", problem, "set that one")
+        if "seed" in generation and layout.use_vllm and layout.vllm_mode == "colocate":
+            problem = "seed: vLLM inside the trainer would give all completions of a prompt the same text"
+            self.refuse("generation_kwargs", problem, "leave it out")
         if values["remove_unused_columns"] and values["method"] != "sft":
             self.refuse("remove_unused_columns", "true would keep the columns from the rewards", "leave it out")
         if values["sync_ref_model"] and values["beta"] == 0:

@@ -476,6 +476,7 @@ PROBLEMS = {  # recipe (None: flags alone), GPUs, flags, field, part of the mess
     "4 bits without LoRA": ("tldr_qlora", 1, "--use_peft false", "use_peft", "use_peft: true"),
     "half of the vocabulary": ("quickstart", 0, "--top_p 0.9", "top_p", "correction: false"),
     "a part by another way": (None, 0, f"{LENGTH} --generation_kwargs '{{\"top_k\": 5}}'", "top_k", "trl#6789"),
+    "one seed inside": (None, 1, f"{LENGTH} --generation_kwargs '{{\"seed\": 1}}'", "generation_kwargs", "same text"),
     "reference without KL": ("tldr_ref_sync", 4, "--beta 0", "sync_ref_model", "set beta"),
     "reference with LoRA": ("tldr_ref_sync", 4, "--use_peft true", "sync_ref_model", "leave it out"),
     "resampling with overlap": ("quickstart", 4, "--resample_groups 2 --overlap true", "resample_groups", "overlap"),
