@@ -767,8 +767,9 @@ def build_trainer(
         trainer = SFTTrainer(name, args=args, **datasets, **options)
     if options["quantization_config"]:
         # TRL keeps the adapter in bfloat16 (trl#7268 for DoRA). An update under 1/256 of a weight is lost there.
-        for parameter in filter(lambda parameter: parameter.requires_grad, trainer.model.parameters()):
-            parameter.data = parameter.data.float()
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     # All three classes write the card by this method, also Trainer.push_to_hub, and know nothing of the run.
     trainer.create_model_card = functools.partial(_write_run_card, trainer)
     trainer.remove_callback(PrinterCallback)

@@ -77,15 +77,16 @@ def test_two_ranks_go_on_as_if_nothing_had_been(tmp_path, launch, monkeypatch):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "machine.yaml"]
     command += [str(ROOT / "tests/table_server.py")]
     whole, again = tmp_path / "whole", tmp_path / "again"
-    for folder in (whole, again):
+
+    def train(folder):
         with TableServer(by_weights=True) as server:
-            launch(
-                tmp_path, command=[*command, server.url, str(tmp_path / "model"), str(folder), *TABLE_FLAGS]
-            ).finish()
-        if folder == whole:  # what a KILL after step 3 leaves
-            again.mkdir()
-            shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")
-            shutil.copy(whole / "metrics.jsonl", again)
+            arguments = [server.url, str(tmp_path / "model"), str(folder), *TABLE_FLAGS]
+            launch(tmp_path, command=[*command, *arguments]).finish()
+
+    train(whole)
+    shutil.copytree(whole / "checkpoint-3", again / "checkpoint-3")  # what a KILL after step 3 leaves
+    shutil.copy(whole / "metrics.jsonl", again)
+    train(again)
     assert [line["step"] for line in curve(whole)] == [*range(1, 9)]
     assert read_metrics(again)[:3] == read_metrics(whole)[:3], "they were not trained again"
     for line, other in zip(curve(whole), curve(again), strict=True):

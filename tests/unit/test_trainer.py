@@ -19,6 +19,7 @@ import pandas
 import pytest
 import torch
 from datasets import Dataset
+from helpers import run_code
 from safetensors.torch import load_file
 from tiny_models import TEMPLATE, make_encoder_model, make_model, make_tokenizer
 from transformers import (
@@ -611,7 +612,7 @@ class Hub:
 
 @pytest.mark.parametrize("kind", ["causal", "t5"])
 def test_sft_learns_the_reference_and_pushes_the_final_checkpoint_with_its_card(
-    kind, build, models, tmp_path, monkeypatch, capsys
+    kind, build, models, tmp_path, monkeypatch
 ):
     """Both kinds of model, with LoRA. The card's programs generate, and merge the adapter."""
     hub = Hub()
@@ -653,11 +654,9 @@ def test_sft_learns_the_reference_and_pushes_the_final_checkpoint_with_its_card(
     adapter = json.loads((final / "adapter_config.json").read_text())
     assert adapter["task_type"] == {"causal": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[kind]
 
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    for program in re.findall("```python\n(.*?)```", card, re.DOTALL):
-        exec(program.replace("somebody/short", str(final)), {})  # noqa: S102  it is our own text
-    assert capsys.readouterr().out.strip() and (tmp_path / "merged/model.safetensors").exists()
+    programs = re.findall("```python\n(.*?)```", card.replace("somebody/short", str(final)), re.DOTALL)
+    assert "".join(run_code(program, tmp_path) for program in programs).strip()
+    assert (tmp_path / "merged/model.safetensors").exists()
 
 
 # Weight sync through shared memory
