@@ -4,8 +4,10 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
@@ -18,6 +20,7 @@ from grpo_launcher import hub
 from grpo_launcher.errors import UserError, first_line
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_SPACE = re.compile(r" (?<=\S )")  # behind anything but a space; looked at in this order it takes a third of the time
 FORMS = "give .jsonl or .json (an object a line), .csv or .tsv (cells with a comma in quotes), in UTF-8, or .parquet"
 
 
@@ -131,14 +134,48 @@ def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_o
                 problem = f"its chat template refuses a prompt: {first_line(error)}"
                 fix = "a system text can stand before the user's: process_dataset.py --system_in_user writes it there"
                 raise UserError(tokenizer.name_or_path, problem, fix) from error
-        if getattr(tokenizer, "is_fast", False):  # without the tokens themselves it takes half the time
-            backend = tokenizer.backend_tokenizer
-            backend.no_truncation()
-            backend.no_padding()
-            counts += map(len, backend.encode_batch_fast(texts, add_special_tokens=not is_chat))
-        else:
+        if not getattr(tokenizer, "is_fast", False):
             counts += map(len, tokenizer(texts, add_special_tokens=not is_chat)["input_ids"])
+            continue
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        if count_word := _word_counter(tokenizer):
+            special = 0 if is_chat else backend.num_special_tokens_to_add(False)
+            for first, *words in map(_SPACE.split, texts):
+                counts.append(special + count_word(first, before="") + sum(map(count_word, words)))
+        else:  # without the tokens themselves it takes half the time
+            counts += map(len, backend.encode_batch_fast(texts, add_special_tokens=not is_chat))
     return counts
+
+
+@lru_cache(maxsize=1)
+def _word_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int] | None:
+    """Return what counts the tokens of a word and the space before it, each word once.
+
+    A text's tokens are those of its words where the tokenizer splits it at each space behind anything else, as GPT-2's
+    does and those after it (Llama 3, Qwen, SmolLM2). Return None for other tokenizers.
+    """
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    normalizer = state["normalizer"] or {"normalizers": []}
+    changes_spaces = any(part["type"] != "NFC" for part in normalizer.get("normalizers", [normalizer]))
+    takes_spaces = any(
+        added["lstrip"] or added["rstrip"] or " " in added["content"] for added in state["added_tokens"]
+    )
+    if changes_spaces or takes_spaces or backend.pre_tokenizer is None:
+        return None
+    kinds = ["a", "Ab", "é", "e\u0301", "中", "한", "1", "234", "٣", ".", "?!", "'s", "_", "/", "<|", "€", "😀"]
+    text = " ".join(f"{left} {right}" for left in kinds for right in kinds)
+    starts = {start for _, (start, _) in backend.pre_tokenizer.pre_tokenize_str(text)}
+    if not starts.issuperset(match.start() for match in _SPACE.finditer(text)):
+        return None
+
+    @lru_cache(maxsize=1 << 18)
+    def count_word(word: str, before: str = " ") -> int:
+        return len(backend.encode(before + word, add_special_tokens=False))
+
+    return count_word
 
 
 def tokenizer_mark(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -33,10 +33,10 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", 
 SYSTEM = "Answer in one sentence."
 
 
-def make_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+def make_tokenizer(chat_template: str | None, pre_tokenizer=None) -> PreTrainedTokenizerFast:
     """Train a byte-level tokenizer on TEXTS. It ends a turn with <|im_end|> and pads with <|endoftext|>."""
     bpe = ByteLevelBPETokenizer()
-    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    bpe.pre_tokenizer = pre_tokenizer or Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe.train_from_iterator(TEXTS * 3, vocab_size=1536, special_tokens=SPECIAL_TOKENS, show_progress=False)
     with tempfile.TemporaryDirectory() as folder:
         bpe.save(f"{folder}/tokenizer.json")

@@ -16,6 +16,7 @@ from pathlib import Path
 from grpo_launcher import hub
 from grpo_launcher.errors import UserError, first_line
 from grpo_launcher.runs import check_writable
+from grpo_launcher.slow_imports import quick_imports
 
 NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 CUT = "prompts that lose their end"
@@ -124,8 +125,9 @@ def process(request: Request) -> None:
     spec = load_spec(request.name)
     _check(request, spec)
     hub.use_cache_if_unreachable()
-    from datasets import Dataset
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from datasets import Dataset
+        from transformers import AutoTokenizer
 
     try:
         splits, files = spec.load(request) if spec.load else (read_source(request), {})

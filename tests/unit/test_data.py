@@ -1,11 +1,15 @@
 """Datasets: splits, streams, files that cannot be read, and prompts counted in tokens."""
 
 import json
+import random
 import time
 
 import pytest
 from datasets import Dataset, DatasetDict
 from tiny_models import TEMPLATE, make_tokenizer
+from tokenizers import AddedToken
+from tokenizers.normalizers import Prepend, Sequence
+from tokenizers.pre_tokenizers import ByteLevel
 
 from grpo_launcher.data import (
     check_prompt,
@@ -244,6 +248,36 @@ def test_tokens_are_counted_as_the_trainer_sees_them(tokenizer):
     assert count_tokens(chat, tokenizer)[1] == len(expected)
     tool = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {}}}
     assert count_tokens(chat, tokenizer, tools=[tool])[1] > len(expected) + 10
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "change"),
+    [
+        (None, lambda backend: None),
+        (None, lambda backend: setattr(backend, "normalizer", Sequence([]))),
+        (None, lambda backend: setattr(backend, "normalizer", Prepend("a"))),
+        (None, lambda backend: backend.add_special_tokens([AddedToken("<|end|>", rstrip=True)])),
+        (None, lambda backend: backend.add_tokens(["a <"])),
+        (ByteLevel(use_regex=False), lambda backend: None),  # its tokens hold several words
+    ],
+)
+def test_tokens_are_counted_as_the_tokenizer_makes_them(pre_tokenizer, change):
+    """Words are counted once each, where a tokenizer splits at spaces and takes none away."""
+    tokenizer = make_tokenizer(TEMPLATE, pre_tokenizer)
+    change(tokenizer.backend_tokenizer)
+    choose = random.Random(0)
+    kinds = [
+        *"aZ1٣éя中한.?'-_/<😀",
+        "The cat sat",
+        "'s",
+        "e\u0301",
+        "<|im_end|>",
+        "<|end|>",
+        *" " * 9,
+        *"\n\t\u00a0\u3000",
+    ]
+    texts = ["".join(choose.choices(kinds, k=choose.randint(1, 40))) for _ in range(3000)]
+    assert count_tokens(texts, tokenizer) == list(map(len, tokenizer(texts)["input_ids"]))
 
 
 def test_counts_of_the_same_tokenizer_are_taken_from_the_dataset(tokenizer):
