@@ -194,6 +194,8 @@ def _complete(
 ) -> list[Completion]:
     """Return a model's completions, from the cache as far as it has them."""
     fingerprint, seen, keys = model.fingerprint(), Counter(), []
+    if fingerprint and (files := _tool_files(settings)):
+        fingerprint = [*fingerprint, files]
     decoding = json.dumps(asdict(replace(settings, system_prompt=None)))  # the prompts hold it
     for prompt in prompts:
         text = json.dumps(prompt, ensure_ascii=False)
@@ -213,6 +215,14 @@ def _complete(
                 cache.add(key, completion, checkpoint=model.name, path=model.source, prompt=prompt, settings=decoding)
             bar.update()
     return [completions[key] if key in completions else cache.get(key) for key in keys]
+
+
+def _tool_files(settings: GenerationSettings) -> list:
+    """Return what changes when a file of the tools does: code that a recipe names, or a corpus in an option."""
+    names = [tool.rpartition(":")[0] for tool in settings.tools]
+    names += [value for options in settings.tool_kwargs.values() for value in options.values()]
+    files = [Path(name) for name in names if isinstance(name, str) and Path(name).is_file()]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def measure(frame: pd.DataFrame, rewards: RewardSet) -> dict[str, list]:

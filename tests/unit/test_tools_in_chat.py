@@ -1,6 +1,7 @@
 """Tools in chat and comparison: a result goes back to the model, which goes on. Only what it writes is scripted."""
 
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_reports_and_chat_go_on_from_calls_and_results(scripted, capsys):
 
 
 def test_a_comparison_scores_all_messages(scripted, capfd):
-    """Completions are kept with their messages; other tools generate anew."""
+    """Completions are kept with their messages; tools that changed generate anew."""
     argv = [
         f"{RUN}/final-checkpoint",
         "base",
@@ -251,6 +252,8 @@ def test_a_comparison_scores_all_messages(scripted, capfd):
     kept = json.loads(rows[rows["prompt"].str.contains("fail")]["completion"].iloc[0])
     assert kept["text"] == TRANSCRIPTS["fail"] and kept["messages"][1]["content"] == "{'error': 'unknown name plus'}"
     assert compare_checkpoints.main(argv) == 0 and "0 completions generated, 6 taken" in capfd.readouterr().out
+    os.utime("my_tools.py", (2**31, 2**31))
+    assert compare_checkpoints.main(argv) == 0 and "6 completions generated, 0 taken" in capfd.readouterr().out
     run_file = Path(RUN, "run.json")
     run_file.write_text(
         run_file.read_text().replace('"max_tool_calling_iterations": 3', '"max_tool_calling_iterations": 1')
