@@ -140,7 +140,8 @@ def count_tokens(prompts: list, tokenizer: PreTrainedTokenizerBase, **template_o
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        if count_word := _word_counter(tokenizer):
+        has_words = 20 * sum(text.count(" ") for text in texts) > sum(map(len, texts))  # Chinese has none
+        if has_words and (count_word := _word_counter(tokenizer)):
             special = 0 if is_chat else backend.num_special_tokens_to_add(False)
             for first, *words in map(_SPACE.split, texts):
                 counts.append(special + count_word(first, before="") + sum(map(count_word, words)))
