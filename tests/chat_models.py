@@ -13,7 +13,7 @@ from tiny_models import SYSTEM, make_adapter, make_encoder_model, make_model, ma
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from grpo_launcher.chat.models import ADAPTER_WEIGHTS
-from grpo_launcher.seq2seq import is_seq2seq, model_class
+from grpo_launcher.seq2seq import model_class
 
 TOKENS = 24
 PREFIX = "summarize: "
@@ -40,7 +40,7 @@ def make_checkpoints(folder: Path) -> None:
         folder / WHOLE, "base", dataset_name="rows", reward_kwargs='{"length_reward": {"target": 50}}', temperature=0.5
     )
     for seed, name in enumerate(["checkpoint-1", "checkpoint-2", "checkpoint-10", "final-checkpoint"], start=1):
-        make_model(folder / WHOLE / name, seed)
+        make_model(folder / WHOLE / name, seed, context=8192)
     make_run(folder / LORA, "base", dataset_name="rows")
     for seed, name in enumerate(["checkpoint-1", "final-checkpoint"]):
         make_adapter(folder / LORA / name, folder / "base", seed, named="base")
@@ -111,7 +111,7 @@ def generated(name: str, prompt, adapter: str | None = None, tokens: int = TOKEN
     """Return the greedy completion of model.generate itself to one prompt alone."""
     tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
     model = model_class(config).from_pretrained(name)
-    if is_seq2seq(config):  # without the beams that a checkpoint's own file asks for
+    if config.is_encoder_decoder:  # without the beams that a checkpoint's own file asks for
         start = config.decoder_start_token_id
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, decoder_start_token_id=start)
     model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
@@ -122,4 +122,4 @@ def generated(name: str, prompt, adapter: str | None = None, tokens: int = TOKEN
         inputs = tokenizer.apply_chat_template(prompt, **options)
     with torch.inference_mode():
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)[0].tolist()
-    return ids[1:] if is_seq2seq(config) else ids[inputs["input_ids"].shape[1] :]
+    return ids[1:] if config.is_encoder_decoder else ids[inputs["input_ids"].shape[1] :]

@@ -17,6 +17,7 @@ from trl.generation import vllm_generation
 
 from grpo_launcher.callbacks import RunLog
 from grpo_launcher.config import build_dataclasses, load_config
+from grpo_launcher.launch.processes import exit_at_once
 from grpo_launcher.runs import last_checkpoint, read_metrics
 from grpo_launcher.trainer import build_trainer
 from grpo_launcher.weight_sync import DiskSyncClient
@@ -223,3 +224,4 @@ def train_beside(server: TableServer, model: Path, folder: Path, *flags: str, st
 
 if __name__ == "__main__":
     train_at(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    exit_at_once(0)  # as train.py does: gloo's threads may abort behind it
