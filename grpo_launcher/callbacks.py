@@ -4,7 +4,6 @@ import datetime
 import json
 import math
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from grpo_launcher.runs import (
     point,
     read_metrics,
     report_progress,
+    set_aside,
     write_whole,
 )
 
@@ -375,14 +375,9 @@ class Guards(TrainerCallback):
         for folder in checkpoints(self.folder, args.world_size):
             step = int(folder.name.split("-")[1])
             if any(step < bad_step <= step + state.logging_steps for bad_step in bad_steps):
-                target = folder.with_name(f"diverged-{folder.name}")
-                shutil.rmtree(target, ignore_errors=True)  # of an earlier stop
-                folder.rename(target)
+                set_aside(folder, "diverged")
             else:
                 last_good = folder
-        best = self.folder / BEST
-        if not best.exists():
-            best.unlink(missing_ok=True)  # it pointed at one of them
         return last_good
 
 

@@ -4,7 +4,6 @@ python -m grpo_launcher.config show configs/NAME.yaml [--key value ...] prints a
 """
 
 import argparse
-import dataclasses
 import enum
 import json
 import os
@@ -203,7 +202,6 @@ class _Parser(TrlParser):
         self.types = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
 
     def error(self, message):
-        message = message.rstrip(".")
         raise UserError("flags", message, "python train.py --help lists every field")
 
     def read_yaml(self, path: str) -> dict:
@@ -289,7 +287,8 @@ def load_config(argv: list[str]) -> Config:
     parser.set_defaults_with_config(**DEFAULTS | content)
     namespace, unknown = parser.parse_known_args(argv)
     if namespace.method == "sft":
-        parser.set_defaults_with_config(**_sft_defaults() | DEFAULTS | content)
+        sft_defaults = vars(TrlParser(SFTConfig).parse_args([]))  # of these the parser takes its own fields
+        parser.set_defaults_with_config(**sft_defaults | DEFAULTS | content)
         namespace, unknown = parser.parse_known_args(argv)
     flags = [token.split("=")[0] for token in unknown if token.startswith("--")] or unknown
     parser.refuse_unknown("flags", {flag.lstrip("-").replace("-", "_"): flag for flag in flags})
@@ -400,10 +399,7 @@ def build(kind: type, values: dict, **changes):
 
 def build_dataclasses(values: dict) -> tuple[Recipe, GRPOConfig | SupervisedConfig, ModelConfig]:
     """Build recipe, training arguments and model arguments. It runs in a rank, as GRPOConfig reads their number."""
-    recipe, args, model_args = (
-        build(kind, values) for kind in (Recipe, arguments_class(values["method"]), ModelConfig)
-    )
-    return recipe, args, model_args
+    return tuple(build(kind, values) for kind in (Recipe, arguments_class(values["method"]), ModelConfig))
 
 
 def sends_files(recipe: Recipe, args) -> bool:
@@ -421,16 +417,6 @@ def grpo_only_fields(values: dict) -> list[str]:
     names = [name for name in GRPOConfig.__dataclass_fields__ if name not in sft_fields and name not in shared]
     defaults = {name: plain(value) for name, value in vars(_Parser().parse_args([])).items()} | DEFAULTS
     return [name for name in [*names, *OWN_GRPO_FIELDS] if values[name] != defaults[name]]
-
-
-def _sft_defaults() -> dict:
-    """Return TRL's SFT defaults of the fields that both kinds of arguments have."""
-    sft_fields = SFTConfig.__dataclass_fields__
-    shared = [spec for spec in dataclasses.fields(GRPOConfig) if spec.name in sft_fields]
-    shared = [spec for spec in shared if spec.default is not dataclasses.MISSING]
-    return {
-        spec.name: sft_fields[spec.name].default for spec in shared if sft_fields[spec.name].default != spec.default
-    }
 
 
 def plain(value):

@@ -112,10 +112,6 @@ class CompletionCache:
         self.path, self.new = path, []
         self.completions = {row["key"]: row["completion"] for row in self._read().to_dict("records")}
 
-    def get(self, key: str) -> Completion:
-        """Return a completion that is kept."""
-        return Completion(**json.loads(self.completions[key]))
-
     def add(self, key: str, completion: Completion, **columns) -> None:
         """Keep a completion, and columns for people who read the file. It is on disk after the next save."""
         self.completions[key] = json.dumps(asdict(completion), ensure_ascii=False)
@@ -214,7 +210,7 @@ def _complete(
                 prompt = json.dumps(missing[key], ensure_ascii=False)
                 cache.add(key, completion, checkpoint=model.name, path=model.source, prompt=prompt, settings=decoding)
             bar.update()
-    return [completions[key] if key in completions else cache.get(key) for key in keys]
+    return [completions[key] if key in completions else Completion(**json.loads(kept[key])) for key in keys]
 
 
 def _tool_files(settings: GenerationSettings) -> list:

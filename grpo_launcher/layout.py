@@ -172,10 +172,9 @@ def choose_layout(
     if no_vllm:
         if values["use_vllm"] and not is_seq2seq:  # seq2seq.check_seq2seq says it beside the model's other limits
             choice.refuse("use_vllm", f"true does not fit: {no_vllm}", "leave it out")
-        choice.filled["use_vllm"] = False
     else:
         layout.use_vllm = values["use_vllm"] if "use_vllm" in given or options.ranks else True
-        choice.filled["use_vllm"] = layout.use_vllm
+    choice.filled["use_vllm"] = layout.use_vllm
     if layout.use_vllm:
         _choose_vllm(choice, layout, hardware, options)
     else:
@@ -225,7 +224,6 @@ def _choose_vllm(choice: _Choice, layout: Layout, hardware: Hardware, options: O
     if options.ranks:  # TRL connects to whatever server the recipe names
         layout.vllm_mode = values["vllm_mode"]
     elif layout.server_url:
-        layout.vllm_mode = "server"
         choice.need("vllm_mode", "server", "vllm_server_base_url")
         if options.serves:
             _choose_server_gpus(choice, layout, hardware, options)

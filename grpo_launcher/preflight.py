@@ -82,9 +82,6 @@ class _Check:
     def refuse(self, field_name: str, problem: str, fix: str = "") -> None:
         self.report.problems.append(str(UserError(field_name, problem, fix)))
 
-    def collect(self, errors: list[UserError]) -> None:
-        self.report.problems += [str(error) for error in errors]
-
     def folders(self) -> None:
         """Try to write where a run will."""
         output = self.report.values["output_dir"] or runs.ROOT / self.report.name
@@ -125,7 +122,7 @@ class _Check:
             source="its config.json",
             context=seq2seq.max_positions(text_config),
             heads=getattr(text_config, "num_attention_heads", None),
-            is_seq2seq=seq2seq.is_seq2seq(config),
+            is_seq2seq=config.is_encoder_decoder,
             layers=text_config.num_hidden_layers,
             hidden=text_config.hidden_size,
             vocabulary=text_config.vocab_size,
@@ -145,9 +142,9 @@ class _Check:
             is_seq2seq,
             report.model.parameters if report.model else 0,
         )
-        self.collect(problems)
+        report.problems += map(str, problems)
         if is_seq2seq:
-            self.collect(seq2seq.check_seq2seq(report.values, self.model_config, self.tokenizer))
+            report.problems += map(str, seq2seq.check_seq2seq(report.values, self.model_config, self.tokenizer))
         report.values |= filled
         self._gpus()
         count, heads = report.layout.tensor_parallel, report.model and report.model.heads
@@ -628,7 +625,7 @@ class _Check:
             report.values, report.layout, self.hardware, report.model, offload
         )
         report.lines.append(line)
-        self.collect(problems)
+        report.problems += map(str, problems)
 
     def _activations(self) -> None:
         """Let a longest row pass through the model without values, and count what autograd keeps."""

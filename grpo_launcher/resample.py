@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 
 from grpo_launcher.rollouts import IDS
 from grpo_launcher.verdict import SAME
@@ -63,15 +64,10 @@ def joined(rows: list[dict], pad_id: int, device) -> dict[str, torch.Tensor]:
     """Return rows as tensors again: prompts padded on the left, all else on the right."""
     output = {}
     for name, first in rows[0].items():
-        parts = [row[name] for row in rows]
-        if first.ndim:
-            width, fill = max(len(part) for part in parts), pad_id if name.endswith("_ids") else 0
-            is_left = name.startswith("prompt_")
-            parts = [
-                torch.nn.functional.pad(part, (width - len(part), 0)[:: 1 if is_left else -1], value=fill)
-                for part in parts
-            ]
-        output[name] = torch.stack(parts).to(device)
+        parts, fill = [row[name] for row in rows], pad_id if name.endswith("_ids") else 0
+        side = "left" if name.startswith("prompt_") else "right"
+        padded = pad_sequence(parts, True, fill, padding_side=side) if first.ndim else torch.stack(parts)
+        output[name] = padded.to(device)
     return output
 
 

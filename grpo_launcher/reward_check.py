@@ -40,9 +40,9 @@ TOOL_TURNS = [
 ]
 # How rows look, and how serious it is when a reward cannot score such rows: our datasets hold chat messages.
 FORMATS = {
-    "chat": (lambda prompt, text: (_user(prompt), _assistant(text)), "FAIL"),
+    "chat": (lambda prompt, text: (_message("user", prompt), _message("assistant", text)), "FAIL"),
     "text": (lambda prompt, text: (prompt, text), "warn"),
-    "tools": (lambda prompt, text: (_user(prompt), TOOL_TURNS + _assistant(text)), "warn"),
+    "tools": (lambda prompt, text: (_message("user", prompt), TOOL_TURNS + _message("assistant", text)), "warn"),
 }
 READ = "read completions with grpo_launcher.messages.last_reply, which takes text and lists of chat messages"
 OWN_FLAGS = {"--help", "--prompt", "--column"}
@@ -151,12 +151,8 @@ def check(reward: Callable, columns: dict[str, list]) -> Iterator[tuple[str, str
             yield (FORMATS[format][1], format, f"all completions score alike; {READ}")
 
 
-def _user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def _assistant(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
+def _message(role: str, text: str) -> list[dict]:
+    return [{"role": role, "content": text}]
 
 
 def _same(first: list, second: list) -> bool:

@@ -127,15 +127,6 @@ def show(frame: pandas.DataFrame, rewards: list[str], console: Console) -> None:
             console.print(Text(f"    {one_line(row['text'], 600)}"))
 
 
-def _holding(frame: pandas.DataFrame, text: str | None) -> pandas.DataFrame:
-    """Return the columns that are shown, of the completions that hold a text."""
-    texts = frame["question"] + "\n" + frame["text"]
-    names = ["step", "group", "reward", "advantage", "tokens", "characters", CUT_OFF, "question", "text"]
-    names += frame.attrs["weights"]
-    shown = frame[[name for name in names if name in frame]]
-    return shown[texts.str.contains(text, case=False, regex=False)] if text else shown
-
-
 def one_line(text: str, limit: int) -> str:
     """Return a text on one line, cut behind `limit` characters."""
     text = printable(" ".join(text.split()))
@@ -164,7 +155,9 @@ def print_completions(args: argparse.Namespace) -> None:
     found = []
     for step in steps:
         whole = load(args.run, step)
-        found.append(_holding(whole, args.grep))
+        texts = whole["question"] + "\n" + whole["text"]
+        shown = whole.drop(columns=["prompt", "completion", IDS, ROW], errors="ignore")
+        found.append(shown[texts.str.contains(args.grep, case=False, regex=False)] if args.grep else shown)
     frame = pandas.concat(found, ignore_index=True)
     if args.worst is not None or args.best is not None:
         count = args.best if args.worst is None else args.worst

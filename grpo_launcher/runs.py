@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import zipfile
@@ -58,15 +59,12 @@ class Run:
     @property
     def memory_plan(self) -> str:
         """What the plan said of the memory, as a sentence that follows another; empty without the launcher."""
-        return "".join(f" The plan said {line}." for line in self._memory_lines())
+        return "".join(f" The plan said {line}." for line in self.plan if line.startswith("memory:"))
 
     @property
     def planned_memory(self) -> str:
         """The sum in it and what else takes memory there; empty without the launcher."""
-        return "".join(f" The plan said {line.rpartition(' = ')[2]}." for line in self._memory_lines())
-
-    def _memory_lines(self) -> list[str]:
-        return [line for line in self.plan if line.startswith("memory:")]
+        return re.sub("memory: .* = ", "", self.memory_plan)
 
     def write(self) -> None:
         """Write run.json, and recipe.yaml with the given fields alone, so that it can be started again."""
@@ -201,6 +199,17 @@ def last_checkpoint(folder: Path, ranks: int = 1) -> Path | None:
     return next(reversed(checkpoints(folder, ranks)), None)
 
 
+def set_aside(checkpoint: Path, why: str) -> Path:
+    """Rename a checkpoint to WHY-checkpoint-STEP, so that nothing takes it for one. Return its new path."""
+    target = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier stop
+    checkpoint.rename(target)
+    best = checkpoint.with_name(BEST)
+    if not best.exists():
+        best.unlink(missing_ok=True)  # it pointed at this one
+    return target
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """Return the lines of metrics.jsonl, oldest first, without a last line that is still being written."""
     path = folder / METRICS
@@ -213,14 +222,17 @@ def report_progress(folder: Path, text: str) -> None:
     write_whole(Path(folder) / PROGRESS, text)
 
 
+def installed_version(package: str) -> str | None:
+    """Return the version of a package, or None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def installed_versions() -> dict[str, str]:
     """Return the versions of the packages that decide a run, and this project's commit."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {package: version for package in PACKAGES if (version := installed_version(package))}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"

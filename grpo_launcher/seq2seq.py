@@ -29,11 +29,6 @@ PLAIN_TEXT = (
 )
 
 
-def is_seq2seq(config: PretrainedConfig) -> bool:
-    """Whether a model of this config has an encoder and a decoder."""
-    return bool(getattr(config, "is_encoder_decoder", False))
-
-
 def is_seq2seq_checkpoint(folder: Path) -> bool:
     """Whether a folder with a checkpoint or an adapter holds an encoder-decoder model. Reads JSON alone."""
     paths = [folder / "config.json", folder / "adapter_config.json"]
@@ -43,12 +38,7 @@ def is_seq2seq_checkpoint(folder: Path) -> bool:
 
 def model_class(config: PretrainedConfig) -> type:
     """Return the auto class with a generating head. The class in config.json may have none (facebook/bart-base)."""
-    return AutoModelForSeq2SeqLM if is_seq2seq(config) else AutoModelForCausalLM
-
-
-def task_type(config: PretrainedConfig) -> str:
-    """Return peft's name for the kind of model."""
-    return SEQ2SEQ_TASK if is_seq2seq(config) else "CAUSAL_LM"
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -70,9 +60,7 @@ def no_dropout(config: PretrainedConfig) -> dict[str, float]:
 
 
 def check_seq2seq(values: dict, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[UserError]:
-    """Return what a recipe asks for that an encoder-decoder model cannot do; an empty list for any other model."""
-    if not is_seq2seq(config):
-        return []
+    """Return what a recipe asks for that an encoder-decoder model cannot do."""
     name = values["model_name_or_path"]
     kind = f"{name} is an encoder-decoder model ({config.model_type})"
     problems = []

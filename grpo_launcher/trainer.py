@@ -53,36 +53,20 @@ class Trainer(GRPOTrainer):
     """TRL's GRPOTrainer, with the figures, tools and models that it lacks.
 
     Args:
-        sample_every: steps between two printed samples; 0 prints none.
-        keep_rollouts: steps whose completions are kept.
-        resample_groups: how often in a step groups without spread are asked again, with other prompts.
+        recipe: our fields (config.Recipe).
         longest_row: tokens of the longest prompt and completion. The first micro-batch is padded to it, so that a run
             whose memory does not suffice ends in its first step. 0: not known.
-        overlap: the vLLM server generates the next block while this one is trained.
-        sends_files: the vLLM server gets weights as files, so that a new one can take the place of one that was lost.
-        adapter_sync: the vLLM server gets the LoRA adapter alone.
     """
 
-    def __init__(
-        self,
-        *args,
-        sample_every: int = 0,
-        keep_rollouts: int = 1000,
-        resample_groups: int = 0,
-        longest_row: int = 0,
-        overlap: bool = False,
-        sends_files: bool = False,
-        adapter_sync: bool = False,
-        **kwargs,
-    ):
-        self.sample_every, self.keep_rollouts, self.longest_row = sample_every, keep_rollouts, longest_row
-        self.resample_groups, self._flat_prompts = resample_groups, set()
+    def __init__(self, *args, recipe, longest_row: int = 0, **kwargs):
+        self.recipe, self.longest_row = recipe, longest_row
+        self._flat_prompts = set()
         self._verdict = set()  # the kinds of problems that were told
         self._measure_values = defaultdict(list)  # (mode, reward name) -> values of all ranks, one tensor a batch
         self._in_tool_loop, self._generating = False, "generating"
         self._compared_prompt = None
         super().__init__(*args, **kwargs)
-        self.is_seq2seq = seq2seq.is_seq2seq(self.model.config)
+        self.is_seq2seq = self.model.config.is_encoder_decoder
         # Others, such as GPT-2, count positions from the left end: there a row's figures depend on its padding.
         self._has_relative_positions = bool(getattr(self.model.config.get_text_config(), "rope_parameters", None))
         self._upcoming = deque()  # batches that were read and not yet trained
@@ -91,11 +75,12 @@ class Trainer(GRPOTrainer):
         if self.use_vllm:
             generation, model = self.vllm_generation, self.vllm_generation.model
             client = getattr(generation, "vllm_client", None)  # of the main rank alone
-            self._next_block = NextBlock(client, sends_files) if overlap else None
-            if sends_files:
+            by_files = sends_files(recipe, self.args)  # a new server can take the place of one that was lost
+            self._next_block = NextBlock(client, by_files) if recipe.overlap else None
+            if by_files:
                 self._recovery = Recovery(client, self.args.vllm_server_timeout, self._report)
             send_weights = generation.sync_weights
-            if adapter_sync:
+            if by_files and recipe.weight_sync == "adapter":
                 send_weights = functools.partial(send_adapter, model, self._dist, client)
             elif isinstance(model, PeftModel):
                 walk = generation._iter_named_params
@@ -184,17 +169,14 @@ class Trainer(GRPOTrainer):
     def _keep_columns(self, inputs: list[dict], completion_ids: list[list[int]]) -> None:
         """Let the file of a step have what rollouts.py shows, and the dataset's row, which rewards need."""
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        columns = {
-            rollouts.IDS: completion_ids,
-            rollouts.CUT_OFF: [bool(ids) and ids[-1] not in ends for ids in completion_ids],
-        }
+        self._log_completion_extra(rollouts.IDS, completion_ids)
+        self._log_completion_extra(rollouts.CUT_OFF, [bool(ids) and ids[-1] not in ends for ids in completion_ids])
         if self.log_completions and self.mode == "train":
             taken = {*DROPPED_COLUMNS, *TRL_KEYWORDS, "image", "images"}
             kept = [{name: value for name, value in row.items() if name not in taken} for row in inputs]
             # As text: a column of mixed types, or of empty dicts, does not go into a parquet file.
-            columns[rollouts.ROW] = [json.dumps(row, default=str, ensure_ascii=False) for row in kept]
-        for name, values in columns.items():
-            self._log_completion_extra(name, values)
+            texts = [json.dumps(row, default=str, ensure_ascii=False) for row in kept]
+            self._log_completion_extra(rollouts.ROW, texts)
 
     def _keep_difference(self, output: dict) -> None:
         """The same for what is known in the end: which weights made the block, and how server and trainer differ."""
@@ -245,10 +227,9 @@ class Trainer(GRPOTrainer):
         if is_judged and self._logs["prompt"]:
             self._judge_step()
         if is_judged and self.log_completions:
-            rollouts.prune(Path(self.args.output_dir), self.keep_rollouts)
-        if not self.sample_every or not self.is_world_process_zero() or mode == "eval" or "train_runtime" in logs:
-            return
-        if step == 1 or step % self.sample_every == 0:
+            rollouts.prune(Path(self.args.output_dir), self.recipe.keep_rollouts)
+        sample_every = self.recipe.sample_every
+        if is_judged and sample_every and (step == 1 or step % sample_every == 0):
             kept = self._logs
             print_sample(kept["prompt"], kept["completion"], kept["rewards"], kept["advantages"], step)
 
@@ -400,12 +381,9 @@ class Trainer(GRPOTrainer):
                 self._next_block.restore(figures["next_block"])
             if self._dist.is_zero3 and self._buffered_inputs:
                 self._begin_without_gradients(self._buffered_inputs[0])
-        for name, values in figures.get("logs", {}).items():
-            if isinstance(values, list):
-                self._logs[name].extend(values)
-                continue
-            for column, entries in values.items():
-                self._logs[name][column].extend(entries)
+        for (name, column), entries in resample.log_columns(figures.get("logs", {})).items():
+            kept = self._logs[name] if column is None else self._logs[name][column]
+            kept.extend(entries)
         reference = Path(checkpoint) / REFERENCE
         if self.args.sync_ref_model and reference.exists():
             self._load_reference(torch.load(reference, map_location="cpu", weights_only=True))
@@ -497,18 +475,14 @@ class Trainer(GRPOTrainer):
 
         The figures of the step are those of the first generation, so that curves compare with a run that asks once.
         """
-        metrics, size = self._metrics["train"], self.num_generations
+        size = self.num_generations
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         groups = self._groups(self._score(inputs))
-        figures_of = [
-            metrics,
-            {name: values for (mode, name), values in self._measure_values.items() if mode == "train"},
-        ]
-        counts = [{name: len(values) for name, values in each.items()} for each in figures_of]
+        metrics, measures = copy.deepcopy((self._metrics["train"], self._measure_values))
         figures = {resample.STOCK_TOKENS: sum(group.tokens for group in groups)}
         figures[resample.STOCK_GROUPS] = sum(group.has_spread for group in groups)
         tokens, asked = figures[resample.STOCK_TOKENS], {group.prompt for group in groups}
-        for attempt in range(self.resample_groups):
+        for attempt in range(self.recipe.resample_groups):
             flat = [place for place, group in enumerate(groups) if not group.has_spread]
             if not flat:
                 break
@@ -524,9 +498,8 @@ class Trainer(GRPOTrainer):
             asked |= {group.prompt for group in others}
             for place, group in zip(flat, [group for group in others if group.has_spread], strict=False):
                 groups[place] = group
-        for each, lengths in zip(figures_of, counts, strict=True):
-            for name, values in each.items():
-                del values[lengths.get(name, 0) :]
+        metrics["num_tokens"] = self._metrics["train"]["num_tokens"]  # of all generations
+        self._metrics["train"], self._measure_values = metrics, measures
         figures |= {resample.TOKENS: tokens, resample.GROUPS: sum(group.has_spread for group in groups)}
         for name, value in figures.items():
             metrics[name].append(float(value))
@@ -551,7 +524,7 @@ class Trainer(GRPOTrainer):
         `overlap/effective_sample_size` is the share of its tokens that would weigh as much, all alike, and
         `overlap/capped` the share whose weight was cut or masked. Both are from 0 to 1.
         """
-        is_resampled = self.mode == "train" and self.resample_groups
+        is_resampled = self.mode == "train" and self.recipe.resample_groups
         output = self._with_spread(inputs) if is_resampled else self._score(inputs)
         if self._next_block and self.mode == "train":
             weights, mask = output["importance_sampling_ratio"].double(), output["completion_mask"].bool()
@@ -741,7 +714,7 @@ def build_trainer(
     name = model_args.model_name_or_path
     hub_options = {"revision": model_args.model_revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(name, **hub_options)
-    model_args.lora_task_type = seq2seq.task_type(config)
+    model_args.lora_task_type = seq2seq.SEQ2SEQ_TASK if config.is_encoder_decoder else "CAUSAL_LM"
     args.output_dir = str(run)
     loading = {"dtype": model_args.dtype, "revision": model_args.model_revision}
     if model_args.attn_implementation:
@@ -760,7 +733,7 @@ def build_trainer(
         options |= {"tools": tools or None, "environment_factory": environment_factory}
         options["longest_row"] = longest_prompt + args.max_completion_length if longest_prompt else 0
         trainer = _build_grpo(name, config, recipe, args, reward_funcs, **datasets, **options)
-    elif seq2seq.is_seq2seq(config):
+    elif config.is_encoder_decoder:
         trainer = _build_seq2seq_sft(name, config, args, datasets, **options)
     else:
         datasets = {split: rows and _with_completion(rows) for split, rows in datasets.items()}
@@ -802,15 +775,10 @@ def _build_grpo(name: str, config, recipe, args, reward_funcs: list, **options) 
         trust_remote_code=args.trust_remote_code,
     )
     rewards = [load_reward_model(reward) if isinstance(reward, str) else reward for reward in reward_funcs]
-    if seq2seq.is_seq2seq(config):
+    if config.is_encoder_decoder:
         # Policy and reference are loaded with these. The class that config.json names may have no head.
         args.model_init_kwargs |= {"architecture": seq2seq.model_class(config), **seq2seq.no_dropout(config)}
-    options |= {
-        name: getattr(recipe, name) for name in ("sample_every", "keep_rollouts", "resample_groups", "overlap")
-    }
-    options["sends_files"] = sends_files(recipe, args)
-    options["adapter_sync"] = options["sends_files"] and recipe.weight_sync == "adapter"
-    trainer = Trainer(name, args=args, reward_funcs=rewards, **options)
+    trainer = Trainer(name, args=args, reward_funcs=rewards, recipe=recipe, **options)
     args.model_init_kwargs.pop("architecture", None)  # callbacks write the arguments as JSON
     return trainer
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from grpo_launcher.config import load_config
 from grpo_launcher.runs import Run, point
-from grpo_launcher.seq2seq import is_seq2seq, model_class, task_type
+from grpo_launcher.seq2seq import SEQ2SEQ_TASK, model_class
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
 TEXTS = [
@@ -109,7 +109,7 @@ def make_adapter(folder: Path, base: Path, seed: int, named: str | None = None) 
         r=4,
         target_modules=targets.get(config.model_type, ["q_proj", "v_proj", "down_proj"]),
         init_lora_weights=False,
-        task_type=task_type(config) if is_seq2seq(config) else None,
+        task_type=SEQ2SEQ_TASK if config.is_encoder_decoder else None,
     )
     model = get_peft_model(model_class(config).from_pretrained(base), lora)
     model.peft_config["default"].base_model_name_or_path = named or str(base)

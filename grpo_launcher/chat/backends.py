@@ -178,7 +178,7 @@ class ModelPool:
             self._make_room(name, config)
             dtype = "auto" if self.device == "cuda" else torch.float32
             model = _from_pretrained(seq2seq.model_class(config), checkpoint.model, checkpoint, dtype=dtype)
-            if seq2seq.is_seq2seq(config):
+            if config.is_encoder_decoder:
                 model.generation_config = seq2seq.plain_generation_config(model)
             self.models[name] = model.to(self.device).eval()
         model = self.models[name]
@@ -226,7 +226,7 @@ class LocalModel:
         self.checkpoint, self.pool, self.name = checkpoint, pool, checkpoint.name
         self.source = f"{checkpoint.path} on {checkpoint.base}" if checkpoint.base else checkpoint.path
         self.config = _from_pretrained(AutoConfig, checkpoint.model, checkpoint)
-        self.is_seq2seq = seq2seq.is_seq2seq(self.config)
+        self.is_seq2seq = self.config.is_encoder_decoder
         has_tokenizer = not checkpoint.base or (Path(checkpoint.path) / "tokenizer_config.json").exists()
         path = checkpoint.path if has_tokenizer else checkpoint.base
         self.tokenizer = _from_pretrained(AutoTokenizer, path, checkpoint)
@@ -243,9 +243,7 @@ class LocalModel:
     @property
     def context(self) -> int | None:
         """Most tokens of prompt and completion together, for a seq2seq model of each. None: no limit."""
-        if self.is_seq2seq:
-            return seq2seq.max_positions(self.config)
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return seq2seq.max_positions(self.config.get_text_config())
 
     def fingerprint(self) -> list:
         """Return what changes when the weights, the tokenizer or the device do."""
@@ -266,7 +264,8 @@ class LocalModel:
 
         `on_text` gets the pieces of a single completion, the first one empty when the model is loaded.
         """
-        options = self._template_options(settings)
+        tools = self.pool.bound_tools(settings, self.tokenizer)
+        options = settings.chat_template_kwargs | plugins.chat_template_options(tools, self.tokenizer)
         ids = [self._prompt_ids(prompt, settings, options) for prompt in prompts]
         problems = [self._too_long(prompt_ids, settings) for prompt_ids in ids]
         yield from ((index, Completion(error=problem)) for index, problem in enumerate(problems) if problem)
@@ -274,12 +273,8 @@ class LocalModel:
         order.sort(key=lambda index: -len(ids[index]))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            batch_ids, seeded = [ids[index] for index in batch], _with_seed(settings, batch[0])
+            batch_ids, seeded = [ids[index] for index in batch], with_seed(settings, batch[0])
             yield from zip(batch, self._complete_batch(batch_ids, seeded, options, stop, on_text), strict=True)
-
-    def _template_options(self, settings: GenerationSettings) -> dict:
-        tools = self.pool.bound_tools(settings, self.tokenizer)
-        return settings.chat_template_kwargs | plugins.chat_template_options(tools, self.tokenizer)
 
     def _prompt_ids(self, prompt: Prompt, settings: GenerationSettings, options: dict) -> list[int]:
         if isinstance(prompt, str) and settings.tools:
@@ -367,7 +362,9 @@ class LocalModel:
         with self.pool.active(self.checkpoint, self.config) as model:
             if on_text:
                 on_text("")
-                sampling["streamer"] = _CallbackStreamer(self.tokenizer, on_text)
+                streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)
+                sampling["streamer"] = streamer
             if stop:
                 sampling["stopping_criteria"] = [
                     lambda ids, *_, **__: torch.full((len(ids),), stop.is_set()).to(ids.device)
@@ -429,7 +426,7 @@ class ServerModel:
             futures = {}
             for index, prompt in enumerate(prompts):
                 stops = [event for event in (left, stop) if event]
-                futures[executor.submit(self._ask, prompt, _with_seed(settings, index), stops, on_text)] = index
+                futures[executor.submit(self._ask, prompt, with_seed(settings, index), stops, on_text)] = index
             try:
                 yield from ((futures[future], future.result()) for future in as_completed(futures))
             finally:
@@ -534,16 +531,7 @@ def line_up(names: list[str], base: str | None, servers: list[str], per_run: int
     return Lineup(models, found_runs[0] if found_runs else None, settings[0], problems, notes)
 
 
-class _CallbackStreamer(TextStreamer):
-    def __init__(self, tokenizer, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False):
-        self.on_text(text)
-
-
-def _with_seed(settings: GenerationSettings, index: int) -> GenerationSettings:
+def with_seed(settings: GenerationSettings, index: int) -> GenerationSettings:
     """Give each batch a seed of its own, so that equal prompts get different completions."""
     return settings if settings.seed is None else replace(settings, seed=settings.seed + index)
 

@@ -150,10 +150,8 @@ def find_checkpoint(name: str, base: str | None = None) -> Checkpoint:
     return Checkpoint(label, str(folder), locate(name, run), run, revision)
 
 
-def run_settings(run: Path | None) -> GenerationSettings:
-    """Return how a run generated, or the defaults where there is no run."""
-    if run is None:
-        return GenerationSettings()
+def run_settings(run: Path) -> GenerationSettings:
+    """Return how a run generated."""
     run_file = runs.load_run(run)
     values = {name: value for name, value in run_file.values.items() if name in SAMPLING and value is not None}
     tool_kwargs = {

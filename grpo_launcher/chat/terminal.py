@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from grpo_launcher import render
-from grpo_launcher.chat.backends import Completion, Turn, converse
+from grpo_launcher.chat.backends import Completion, Turn, converse, with_seed
 from grpo_launcher.chat.models import GenerationSettings
 from grpo_launcher.errors import UserError
 from grpo_launcher.evaluate import RewardSet
@@ -82,25 +82,20 @@ class Chat:
             self.settings = replace(self.settings, temperature=float(value))
             return f"Temperature {self.settings.temperature:g}."
         if name == "/save" and value.strip() and self.report.turns:
-            return self.save(Path(value.strip()).expanduser())
+            path = Path(value.strip()).expanduser()
+            try:
+                render.check_outputs([path], overwrite=False)
+                render.write(self.report, path)
+            except (OSError, UserError) as error:
+                return f"/save: {error}"
+            return f"Saved {path}"
         if name == "/save":
             return "/save FILE: writes the conversation, once there is one."
         return HELP if name == "/help" else f"There is no command {name}. /help lists them."
 
-    def save(self, path: Path) -> str:
-        """Write the conversation and return what to say."""
-        try:
-            render.check_outputs([path], overwrite=False)
-            render.write(self.report, path)
-        except (OSError, UserError) as error:
-            return f"/save: {error}"
-        return f"Saved {path}"
-
     def turn(self, prompt: str) -> None:
         """Let every model complete a prompt, one after the other, and show the completions while they grow."""
-        settings = self.settings
-        if settings.seed is not None:
-            settings = replace(settings, seed=settings.seed + len(self.report.turns))
+        settings = with_seed(self.settings, len(self.report.turns))
         turn = Turn(prompt, {model.name: Completion() for model in self.models})
         self.report.turns.append(turn)
         known = len(self.rewards.problems)

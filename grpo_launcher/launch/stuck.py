@@ -13,41 +13,8 @@ from grpo_launcher.launch.processes import descendants
 from grpo_launcher.runs import PROGRESS, Run
 
 STACKS = "stacks.txt"
-GENERATION_LIMIT = 600.0  # seconds without a token after which a server that has requests counts as stuck
-LOOK = 10.0  # seconds between two looks at the server's counters
 SHARE = 0.9  # of ddp_timeout, after which torch ends a rank that waits, and nothing can be asked any more
 ALONE = 4  # times ddp_timeout, where no rank waits for another, or where vLLM in the ranks does not tell how far it is
-
-
-class Generation:
-    """What a vLLM server says of its work: requests that it has, and whether tokens come.
-
-    Args:
-        url: the server's address.
-    """
-
-    def __init__(self, url: str):
-        self.url = url
-        self.requests, self.tokens = 0, None
-        self.last_look, self.last_token = 0.0, time.monotonic()
-
-    def look(self) -> None:
-        """Read the counters, where that is due."""
-        now = time.monotonic()
-        if now - self.last_look < LOOK:
-            return
-        before = self.tokens
-        self.requests, self.tokens = vllm_load(self.url)
-        self.last_look = time.monotonic()
-        if self.tokens != before or not self.requests:
-            self.last_token = self.last_look
-
-    def trouble(self) -> str | None:
-        """Return what is wrong with the server, or None."""
-        silence = time.monotonic() - self.last_token
-        if silence < GENERATION_LIMIT:
-            return None
-        return f"has made no token for {silence:.0f} s, and {self.requests} completions wait for it"
 
 
 def vllm_load(url: str) -> tuple[int, float | None]:
@@ -104,7 +71,7 @@ class Deadline:
             server: a supervise.Server, or None. While it starts its own deadline holds.
         """
         work, changed = read_progress(self.folder)
-        signs, now = (changed, server and server.generation.tokens), time.monotonic()
+        signs, now = (changed, server and server.tokens), time.monotonic()
         has_own_deadline = (server and not server.is_up) or "pushing" in work  # a start, and the Hub's client
         if signs != self.signs or has_own_deadline:
             self.signs, self.since = signs, now

