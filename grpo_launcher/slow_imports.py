@@ -1,5 +1,6 @@
 """What a training rank and the preflight need not load."""
 
+import atexit
 import functools
 import gc
 import importlib.metadata
@@ -48,6 +49,7 @@ def quick_imports(values: dict | None = None) -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # else libraries in C++ count what is left as leaks, and say so
         gc.enable()
         importlib.metadata.packages_distributions = packages
         if hides:

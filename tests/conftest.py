@@ -1,5 +1,6 @@
 """Settings of all tests, and which of them see a GPU: those of tests/gpu alone."""
 
+import atexit
 import gc
 import os
 import signal
@@ -28,6 +29,7 @@ def _wants_gpu(item: pytest.Item) -> bool:
 def pytest_collection_finish():
     """Collect garbage again, but not what was imported."""
     gc.freeze()
+    atexit.register(gc.unfreeze)
     gc.enable()
 
 
