@@ -13,6 +13,8 @@ from pathlib import Path
 from common import SHAPES, make_model, parser, run_ranks, show, status, table_server
 from helpers import read_metrics
 
+from grpo_launcher.launch.processes import exit_at_once
+
 SIZES = ("1 M", "8 M", "32 M", "135 M")
 GROWTH = {  # what grows: (model, completions of a rank's step, tokens of a completion)
     "model": [(size, 8, 32) for size in SIZES],
@@ -74,4 +76,7 @@ def _parameters(size: str) -> float:
 
 
 if __name__ == "__main__":
-    rank(*sys.argv[2:]) if sys.argv[1:2] == ["--rank"] else main()
+    if sys.argv[1:2] == ["--rank"]:
+        rank(*sys.argv[2:])
+        exit_at_once(0)  # as train.py does: gloo's threads may abort behind it
+    main()

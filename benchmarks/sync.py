@@ -13,6 +13,8 @@ from pathlib import Path
 
 from common import GIB, SHAPES, make_model, parser, run_ranks, show, status, table_server
 
+from grpo_launcher.launch.processes import exit_at_once
+
 SIZES = ("1 M", "135 M", "0.5 B")
 LORA = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--lora_r", "16"]
 WAYS = {
@@ -92,4 +94,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    rank(*sys.argv[2:]) if sys.argv[1:2] == ["--rank"] else main()
+    if sys.argv[1:2] == ["--rank"]:
+        rank(*sys.argv[2:])
+        exit_at_once(0)  # as train.py does: gloo's threads may abort behind it
+    main()

@@ -17,7 +17,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from grpo_launcher import plugins, runs
-from grpo_launcher.chat.backends import Completion, Prompt, describe_error
+from grpo_launcher.chat.backends import Completion, Prompt, describe_error, file_mark
 from grpo_launcher.chat.models import GenerationSettings, locate
 from grpo_launcher.data import FILE_TYPES, check_prompt, load_splits
 from grpo_launcher.errors import UserError, first_line
@@ -217,8 +217,7 @@ def _tool_files(settings: GenerationSettings) -> list:
     """Return what changes when a file of the tools does: code that a recipe names, or a corpus in an option."""
     names = [tool.rpartition(":")[0] for tool in settings.tools]
     names += [value for options in settings.tool_kwargs.values() for value in options.values()]
-    files = [Path(name) for name in names if isinstance(name, str) and Path(name).is_file()]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [file_mark(Path(name)) for name in names if isinstance(name, str) and Path(name).is_file()]
 
 
 def measure(frame: pd.DataFrame, rewards: RewardSet) -> dict[str, list]:

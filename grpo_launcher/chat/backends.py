@@ -254,7 +254,7 @@ class LocalModel:
                 continue
             for file in sorted(Path(name).resolve().iterdir()):
                 if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
-                    marks.append([str(file), file.stat().st_size, file.stat().st_mtime_ns])
+                    marks.append(file_mark(file))
         return marks
 
     def complete(
@@ -529,6 +529,11 @@ def line_up(names: list[str], base: str | None, servers: list[str], per_run: int
         elif model.tokenizer.get_vocab() != local[0].tokenizer.get_vocab():
             notes.append(f"{model.name} has another tokenizer than {local[0].name}: token counts do not compare.")
     return Lineup(models, found_runs[0] if found_runs else None, settings[0], problems, notes)
+
+
+def file_mark(file: Path) -> list:
+    """Return what changes when a file does."""
+    return [str(file), file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def with_seed(settings: GenerationSettings, index: int) -> GenerationSettings:
