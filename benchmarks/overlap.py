@@ -51,9 +51,9 @@ def beside_table(model: Path, folder: Path, generation: float, training: float, 
 
 
 def quickstart(folder: Path, overlap: bool) -> dict:
-    """Run 10 steps of the quickstart and return the medians of its figures."""
+    """Run 6 steps of the quickstart and return the medians of its figures."""
     command = ["bash", str(ROOT / "launch_train.sh"), str(ROOT / "configs/quickstart.yaml"), "--no-install"]
-    command += ["--max_steps", "10", "--sample_every", "0", "--overlap", str(overlap).lower()]
+    command += ["--max_steps", "6", "--sample_every", "0", "--overlap", str(overlap).lower()]
     done = threading.Event()
     pin = threading.Thread(target=_pin_to_cores, args=(done,))
     pin.start()
@@ -71,7 +71,7 @@ def quickstart(folder: Path, overlap: bool) -> dict:
 def _pin_to_cores(done: threading.Event) -> None:
     """Keep the threads of the server on the first core, and those of the ranks on the second."""
     first, second = sorted(os.sched_getaffinity(0))[:2]
-    cores = {"vllm.entrypoints": first, "train.py": second}
+    cores = {"grpo_launcher.vllm_server": first, "VLLM::": first, "train.py": second}
     while not done.wait(1.0):
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error, OSError):  # it has just ended

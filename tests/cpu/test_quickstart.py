@@ -58,13 +58,13 @@ def test_two_ranks_and_a_server_ran(run):
     lines = run.command_lines
     assert {rank for rank, line in lines if "train.py --run" in line and "accelerate" not in line} == {"0", "1"}
     assert any("grpo_launcher.vllm_server" in line for _, line in lines)
-    shards = {path.name for path in (run.run_folder() / "checkpoint-11/global_step11").iterdir()}
+    shards = {path.name for path in (run.run_folder() / "checkpoint-12/global_step12").iterdir()}
     assert {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)} <= shards
 
 
 def test_server_and_trainer_hold_the_same_weights(run):
     """Their log-probabilities agree in every step."""
-    assert len(run.metrics()) == 22 and is_in_sync(run.metrics())
+    assert len(run.metrics()) == 24 and is_in_sync(run.metrics())
 
 
 def test_without_the_sync_they_do_not(run):
@@ -93,17 +93,17 @@ def test_the_run_folder_is_whole(run):
         assert (folder / name).stat().st_size > 0, name
     for name in ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]:
         assert (folder / runs.FINAL / name).exists(), name
-    assert len(list((folder / "completions").glob("*.parquet"))) == 22
+    assert len(list((folder / "completions").glob("*.parquet"))) == 24
     loaded = runs.load_run(folder)
     assert loaded.versions["trl"] and "Summarise" in loaded.system_prompt
-    assert [line["step"] for line in run.metrics()] == list(range(1, 23))
+    assert [line["step"] for line in run.metrics()] == list(range(1, 25))
 
 
 def test_the_console_shows_the_run(run):
     """A line a step, samples and a table. One warning, of what the reward pays for; no flood of library messages."""
     text = run.text()
     assert "quickstart.yaml" in text
-    assert text.count("  reward ") >= 22 and "step 22/22" in text and "0:00 left" in text
+    assert text.count("  reward ") >= 24 and "step 24/24" in text and "0:00 left" in text
     assert text.count("sample at step") == 3
     assert "Saved trainOutput/quickstart/1/final-checkpoint" in text
     assert text.count("Warning") == 1 and "\nWarning: Length explains" in text

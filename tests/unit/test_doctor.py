@@ -65,7 +65,7 @@ def test_a_rehearsal_has_the_recipes_architecture_and_two_layers(work):
     deep = {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5}
     (work / "model/config.json").write_text(json.dumps(config | deep))
     report, values, config = rehearse(work / "small", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl")
-    assert report.missing == [] and report.values["max_steps"] == 22
+    assert report.missing == [] and report.values["max_steps"] == 24
     assert (config.num_hidden_layers, config.hidden_size) == (2, 64)
     assert (values["max_steps"], values["dataset_name"], values["eval_strategy"]) == (2, "rows.jsonl", "no")
 
