@@ -61,7 +61,9 @@ def main() -> None:
     """Print the table."""
     command = parser(__doc__)
     command.add_argument("--rows", type=int, default=ROWS, help=f"default: {ROWS}")
-    command.add_argument("--tokenizer", default=str(TEST_DATA / "qwen2.5_tokenizer"), help="Hub id or folder")
+    folder, name = TEST_DATA / "qwen2.5_tokenizer", "Qwen/Qwen2.5-0.5B-Instruct"
+    default = str(folder if folder.exists() else name)
+    command.add_argument("--tokenizer", default=default, help=f"Hub id or folder (default: that of {name})")
     command.add_argument("--ours", action="store_true", help="leave the plain way out")
     args = command.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -147,15 +147,16 @@ def label(folder: Path) -> str:
 
 def checkpoints(folder: Path, ranks: int = 1) -> list[Path]:
     """Return the checkpoint-STEP folders that all ranks wrote to the end, by step."""
-    return [path for path in _checkpoint_folders(folder) if not missing_part(path, ranks)]
+    return [path for path in checkpoint_folders(folder) if not missing_part(path, ranks)]
 
 
 def broken_checkpoints(folder: Path, ranks: int = 1) -> dict[Path, str]:
     """Return the other ones, with what each lacks."""
-    return {path: lack for path in _checkpoint_folders(folder) if (lack := missing_part(path, ranks))}
+    return {path: lack for path in checkpoint_folders(folder) if (lack := missing_part(path, ranks))}
 
 
-def _checkpoint_folders(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders checkpoint-STEP of a run by step, whole or not."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 

@@ -205,8 +205,8 @@ class Trainer(GRPOTrainer):
         frame["group"] = frame.index // self.num_generations
         frame["cut_off"] = list(logs["extra"][rollouts.CUT_OFF])
         frame["tokens"] = [len(ids) for ids in logs["extra"][rollouts.IDS]]
-        problems = verdict(frame, self.max_completion_length, weights.sum().item())
-        for text in (text for kind, text in problems.items() if kind not in self._verdict):
+        problems = verdict(frame, self.max_completion_length, weights.sum().item(), told=self._verdict)
+        for text in filter(None, problems.values()):
             print(f"Verdict on step {self.state.global_step}: {text}", flush=True)
         if self._verdict and not problems:
             print(f"Verdict on step {self.state.global_step}: its groups can teach something again.", flush=True)

@@ -1,5 +1,7 @@
 """What one step says of a recipe: whether its groups can teach anything, and what to change where they cannot."""
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas
 
@@ -14,25 +16,31 @@ FIXES = {
 }
 
 
-def verdict(frame: pandas.DataFrame, limit: int, full_marks: float) -> dict[str, str]:
+def verdict(
+    frame: pandas.DataFrame, limit: int, full_marks: float, told: Collection[str] = ()
+) -> dict[str, str | None]:
     """Judge the completions of one step.
 
     Args:
         frame: one row a completion: `group` (its prompt), `reward` (NaN where it was not rated), `tokens`, `cut_off`.
         limit: max_completion_length.
         full_marks: the reward of a completion that gets 1 from every reward function.
+        told: kinds that need no sentence. Its estimates take up to a tenth of a second.
 
     Returns:
-        What is wrong: a sentence with a remedy for each kind. Empty where the step can teach.
+        What is wrong: a sentence with a remedy, or None, for each kind. Empty where the step can teach.
     """
     problems = {}
     cut = frame["cut_off"].mean()
     if cut > CUT:
-        problems["cut off"] = f"{cut:.0%} of the completions are cut off at {limit} tokens. {_length_needed(frame)}"
+        text = f"{cut:.0%} of the completions are cut off at {limit} tokens. "
+        problems["cut off"] = None if "cut off" in told else text + _length_needed(frame)
     groups = frame.groupby("group")
     rewards = groups["reward"].agg(["min", "max"])
     is_flat = ~(rewards["max"] - rewards["min"] > SAME)
     if is_flat.mean() > FLAT:
+        problems["no spread"] = None
+    if is_flat.mean() > FLAT and "no spread" not in told:
         values = rewards[is_flat]["max"]
         kinds = _kinds(frame["reward"].dropna(), values, groups["cut_off"].all()[is_flat], full_marks)
         shares = (kinds.value_counts() / len(rewards)).to_dict()

@@ -104,8 +104,7 @@ def run_checkpoints(run: Path, base: str | None, notes: list[str]) -> list[Check
 
     The checkpoint of the last step is left out with a note where the final one holds the same weights.
     """
-    steps = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    folders = [*sorted(steps, key=lambda path: int(path.name.split("-")[1])), run / runs.FINAL]
+    folders = [*runs.checkpoint_folders(run), run / runs.FINAL]
     whole = [path for path in folders if path.is_dir() and _problem(path, base) is None]
     values = runs.load_run(run).values
     model = base or locate(values["model_name_or_path"], run)

@@ -47,6 +47,7 @@ def test_what_keeps_a_step_from_teaching_is_named(frame, kinds, said):
     found = verdict(frame, limit=64, full_marks=1.0)
     assert list(found) == kinds and said in " ".join(found.values())
     assert all("Fix: " in text for text in found.values())
+    assert verdict(frame, 64, 1.0, told=kinds) == dict.fromkeys(kinds)
 
 
 def number_before(text: str, mark: str) -> float:
