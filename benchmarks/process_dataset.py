@@ -61,9 +61,9 @@ def main() -> None:
     """Print the table."""
     command = parser(__doc__)
     command.add_argument("--rows", type=int, default=ROWS, help=f"default: {ROWS}")
-    folder, name = TEST_DATA / "qwen2.5_tokenizer", "Qwen/Qwen2.5-0.5B-Instruct"
-    default = str(folder if folder.exists() else name)
-    command.add_argument("--tokenizer", default=default, help=f"Hub id or folder (default: that of {name})")
+    folder, hub_id = TEST_DATA / "qwen2.5_tokenizer", "Qwen/Qwen2.5-0.5B-Instruct"
+    default = str(folder if folder.exists() else hub_id)
+    command.add_argument("--tokenizer", default=default, help=f"Hub id or folder (default: that of {hub_id})")
     command.add_argument("--ours", action="store_true", help="leave the plain way out")
     args = command.parse_args()
     with tempfile.TemporaryDirectory() as name:

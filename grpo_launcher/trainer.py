@@ -1,7 +1,7 @@
 """The trainer of a run: TRL's GRPOTrainer with every override that this project needs, or a trainer for SFT.
 
-Written for one version of TRL (trl_version.py). Each override names the upstream method and its fault; each has a test
-in tests/unit/test_trainer.py that fails when upstream has mended it, and then the override can go.
+Written for one version of TRL (trl_version.py). An override that mends a fault names it, and has a test in
+tests/unit/test_trainer.py that fails when upstream has mended it, and then the override can go.
 """
 
 import contextlib
@@ -519,7 +519,7 @@ class Trainer(GRPOTrainer):
         return groups
 
     def _generate_and_score_completions(self, inputs):
-        """Log what the importance weights leave of a block that older weights have made.
+        """Ask flat groups again where the recipe says so, and log what the importance weights leave of an older block.
 
         `overlap/effective_sample_size` is the share of its tokens that would weigh as much, all alike, and
         `overlap/capped` the share whose weight was cut or masked. Both are from 0 to 1.

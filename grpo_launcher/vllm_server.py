@@ -1,7 +1,8 @@
 """vLLM's OpenAI-compatible server: python -P -m grpo_launcher.vllm_server [option of vLLM's api_server ...]
 
-It starts a second process, and both load this module first. They import without collecting garbage, which would take a
-third of the time, and no later collection looks at what they have imported.
+launch/commands.py writes its command, and launch/supervise.py starts it. A second process follows, and both load this
+module first. They import without collecting garbage, which would take a third of the time, and no later collection
+looks at what they have imported.
 """
 
 import gc
