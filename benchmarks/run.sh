@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benchmarks for a machine without a GPU, one after the other, about 40 minutes on two cores: bash benchmarks/run.sh [FOLDER for JSON]
+# All benchmarks for a machine without a GPU, one after the other, 16 to 40 minutes on two cores: bash benchmarks/run.sh [FOLDER for JSON]
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$here/grpo_launcher/launch/environment.sh"
