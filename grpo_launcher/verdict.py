@@ -39,17 +39,19 @@ def verdict(
     rewards = groups["reward"].agg(["min", "max"])
     is_flat = ~(rewards["max"] - rewards["min"] > SAME)
     if is_flat.mean() > FLAT:
-        problems["no spread"] = None
-    if is_flat.mean() > FLAT and "no spread" not in told:
         values = rewards[is_flat]["max"]
         kinds = _kinds(frame["reward"].dropna(), values, groups["cut_off"].all()[is_flat], full_marks)
-        shares = (kinds.value_counts() / len(rewards)).to_dict()
-        split = ", ".join(f"{share:.0%} {kind}{_value(values[kinds == kind])}" for kind, share in shares.items())
-        text = f"{is_flat.mean():.0%} of {len(rewards)} groups have no spread ({split}) and teach nothing."
-        problems["no spread"] = (
-            f"{text}{_more_generations(frame, groups.size().iloc[0])} Fix: {FIXES[next(iter(shares))]}."
-        )
+        problems["no spread"] = None if "no spread" in told else _no_spread(frame, values, kinds)
     return problems
+
+
+def _no_spread(frame: pandas.DataFrame, values: pandas.Series, kinds: pandas.Series) -> str:
+    """Say how many groups have no spread, and why. `values` and `kinds` are of these groups."""
+    sizes = frame.groupby("group").size()
+    shares = (kinds.value_counts() / len(sizes)).to_dict()
+    split = ", ".join(f"{share:.0%} {kind}{_value(values[kinds == kind])}" for kind, share in shares.items())
+    text = f"{len(kinds) / len(sizes):.0%} of {len(sizes)} groups have no spread ({split}) and teach nothing."
+    return f"{text}{_more_generations(frame, sizes.iloc[0])} Fix: {FIXES[next(iter(shares))]}."
 
 
 def _kinds(rated: pandas.Series, values: pandas.Series, is_cut: pandas.Series, full_marks: float) -> pandas.Series:
